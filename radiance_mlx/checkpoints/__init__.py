@@ -1,0 +1,1 @@
+"""Checkpoint folders: written beside, synced, renamed; verified by hashes; bounded in number."""

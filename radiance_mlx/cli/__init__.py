@@ -1,0 +1,1 @@
+"""The commands: `python -m radiance_mlx`, installed as `radiance-mlx`."""

@@ -1,0 +1,84 @@
+"""The options that many commands share, and how they become a client."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import RadianceError
+
+if TYPE_CHECKING:
+    from ..client import Client
+
+PANEL = "Which service"
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the service. Else RADIANCE_URL, the service running on the home, the configured one.",
+        metavar="URL",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Home folder of the service. Else RADIANCE_HOME, or the folder of the configuration.",
+        metavar="FOLDER",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Configuration file. Else config.yaml in the home, or here.",
+        metavar="FILE",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="Bearer token. Else RADIANCE_SERVER__TOKEN, or server.token of the configuration.",
+        metavar="TEXT",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine output: JSON on stdout, nothing else there.")]
+
+
+def client_for(url: str | None, home: Path | None, config: Path | None, token: str | None) -> "Client":
+    """The client that these options mean."""
+    from ..client import connect
+
+    return connect(url, home=home, config_file=config, token=token)
+
+
+def examples(*commands: str) -> str:
+    """The closing part of a command's help: lines to copy (blank lines keep them apart in typer)."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {_escaped(command)}" for command in commands)])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def with_serving(client: "Client", body: dict[str, Any]) -> dict[str, Any]:
+    """`body` with the checkpoint that answers now and its status, if it does not carry them."""
+    if "checkpoint" in body and "checkpoint_status" in body:
+        return body
+    return {**body, **serving(client)}
+
+
+def serving(client: "Client") -> dict[str, Any]:
+    """`{checkpoint, checkpoint_status}` of what answers now; nulls when the service cannot say."""
+    try:
+        info = client.info()
+    except RadianceError:
+        info = {}
+    return {"checkpoint": info.get("current_checkpoint"), "checkpoint_status": info.get("checkpoint_status")}

@@ -1,0 +1,52 @@
+"""Names of base models: the embedded one, short names, folders, hub names; and the values a base recommends.
+
+A model folder may hold `radiance.json`: configuration that suits this base (learning rate, modules, steps).
+It lies under everything that the user sets.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+NANO_FOLDER = Path(__file__).parent.parent / "models" / "nano"
+RECOMMENDED_SECTIONS = ("lora", "training", "batch")
+
+#: short names → hub folders that mlx-lm loads
+SHORT_NAMES = {
+    "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
+    "mistral-7b-instruct": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
+    "llama-3.2-1b": "mlx-community/Llama-3.2-1B-Instruct-4bit",
+    "llama-3.2-3b": "mlx-community/Llama-3.2-3B-Instruct-4bit",
+    "llama-3.1-8b": "mlx-community/Meta-Llama-3.1-8B-Instruct-4bit",
+    "qwen3-0.6b": "mlx-community/Qwen3-0.6B-4bit",
+    "qwen3-1.7b": "mlx-community/Qwen3-1.7B-4bit",
+    "qwen3-4b": "mlx-community/Qwen3-4B-4bit",
+    "qwen3-8b": "mlx-community/Qwen3-8B-4bit",
+    "gemma-3-1b": "mlx-community/gemma-3-1b-it-4bit",
+    "phi-3.5-mini": "mlx-community/Phi-3.5-mini-instruct-4bit",
+}
+
+
+def resolve(name: str) -> Path | str:
+    """A local folder as a `Path`, or a hub name as a string."""
+    if name == "nano":
+        return NANO_FOLDER
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    return SHORT_NAMES.get(name, name)
+
+
+def recommended_values(name: str) -> dict[str, Any]:
+    """The sections of the base's own `radiance.json`, or nothing. Raises `ConfigError` if it is not JSON."""
+    where = resolve(name)
+    file = where / "radiance.json" if isinstance(where, Path) else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {error}") from error
+    return {key: value for key, value in values.items() if key in RECOMMENDED_SECTIONS}

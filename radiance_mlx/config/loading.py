@@ -1,0 +1,225 @@
+"""Where a configuration comes from: flag over environment over file over the base's own values over default.
+
+Every fault of every source is gathered and raised as one `ConfigError`; each names the path of its key,
+where it was set, and the nearest key that exists.
+"""
+
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from ..errors import ConfigError
+from . import bases
+from .schema import Config
+
+ENV_PREFIX = "RADIANCE_"
+#: environment variables of the commands, not of the configuration
+OTHER_VARIABLES = {"RADIANCE_URL", "RADIANCE_HOME", "RADIANCE_CONFIG"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, the home folder it works in, and the file that it was read from (if any)."""
+
+    config: Config
+    home: Path
+    file: Path | None
+
+
+def load_config(
+    *,
+    config_file: Path | None = None,
+    home: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Loaded:
+    """Find and merge all sources. `flags` are dotted paths, as in `{"server.port": 8000}`.
+
+    Raises `ConfigError` with every fault in `details`.
+    """
+    environ = os.environ if environ is None else environ
+    home = home or _path(environ.get("RADIANCE_HOME"))
+    file = _find_file(config_file or _path(environ.get("RADIANCE_CONFIG")), home)
+    faults: list[dict[str, str]] = []
+    sources = [
+        (str(file), _read_file(file) if file else {}),
+        ("environment", _read_environment(environ, faults)),
+        ("flag", _nested(flags or {})),
+    ]
+    merged: dict[str, Any] = {}
+    for _, values in sources:
+        merged = _merge(merged, values)
+    base = merged.get("base_model", Config.model_fields["base_model"].default)
+    recommended = bases.recommended_values(base) if isinstance(base, str) else {}
+    merged = _merge(recommended, merged)
+    config = _validate(merged, sources, faults)
+    return Loaded(config, (home or (file.parent if file else _user_home())).absolute(), file)
+
+
+def _path(value: str | None) -> Path | None:
+    return Path(value).expanduser() if value else None
+
+
+def _user_home() -> Path:
+    return Path(platformdirs.user_data_dir("radiance_mlx", appauthor=False))
+
+
+def _find_file(asked: Path | None, home: Path | None) -> Path | None:
+    """`--config`, else `<home>/config.yaml` when a home is given, else `./config.yaml`, else none."""
+    if asked is not None:
+        if not asked.is_file():
+            raise ConfigError(f"There is no configuration file {asked}.", "Check the path given with --config.")
+        return asked
+    candidate = (home or Path()) / "config.yaml"
+    return candidate if candidate.is_file() else None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}", "It must be YAML in UTF-8.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold keys and values, not a {type(values).__name__}.")
+    return values
+
+
+class _Environment(BaseSettings, Config):  # type: ignore[misc]
+    """Only to let pydantic-settings explode `RADIANCE_TRAINING__LR` into `training.lr`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
+
+
+def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) -> dict[str, Any]:
+    """`RADIANCE_BASE_MODEL`, `RADIANCE_TRAINING__LR`, …; lists and dicts as JSON."""
+    ours = {k: v for k, v in environ.items() if k.upper().startswith(ENV_PREFIX) and k not in OTHER_VARIABLES}
+    known = set(known_paths())
+    paths = {name: name.upper().removeprefix(ENV_PREFIX).lower().replace("__", ".") for name in ours}
+    for name in ours:
+        if paths[name] not in known and not paths[name].startswith("model.chat_template_args."):
+            faults.append(_unknown(paths[name], f"environment, {name}"))
+    source = EnvSettingsSource(_Environment)
+    source.env_vars = {k.lower(): v for k, v in ours.items() if paths[k] in known}
+    try:
+        return source()
+    except Exception as error:
+        raise ConfigError(f"An environment variable cannot be read: {error}", "Lists are JSON.") from error
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, key = path.split(".")
+        level = out
+        for section in sections:
+            level = level.setdefault(section, {})
+        level[key] = value
+    return out
+
+
+def _merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        inner = out.get(key)
+        out[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return out
+
+
+def _validate(
+    values: dict[str, Any], sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]
+) -> Config:
+    config = None
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        for fault in error.errors():
+            path = ".".join(str(part) for part in _key_of(fault["loc"]))
+            origin = _origin(path, sources)
+            if fault["type"] == "extra_forbidden":
+                faults.append(_unknown(path, origin))
+            else:
+                faults.append({"key": path, "where": origin, "problem": _plain(fault)})
+    if faults or config is None:
+        raise _as_error(faults)
+    return config
+
+
+def _key_of(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Pydantic's path without the names of union members that it appends (`str`, `list[str]`, …)."""
+    model: Any = Config
+    for depth, part in enumerate(loc):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            extra_key = isinstance(model, type) and issubclass(model, BaseModel)
+            return loc[: depth + 1] if extra_key else loc[:depth]
+        model = model.model_fields[str(part)].annotation
+    return loc
+
+
+def _plain(fault: Any) -> str:
+    text = str(fault["msg"]).removeprefix("Value error, ")
+    return text if fault["type"] == "value_error" else f"{text} (got {fault['input']!r})"
+
+
+def _origin(path: str, sources: list[tuple[str, dict[str, Any]]]) -> str:
+    for name, values in reversed(sources):
+        level: Any = values
+        for part in path.split("."):
+            if not isinstance(level, dict) or part not in level:
+                break
+            level = level[part]
+        else:
+            return name
+    return "configuration"
+
+
+def _unknown(path: str, origin: str) -> dict[str, str]:
+    fault = {"key": path, "where": origin, "problem": "there is no such key"}
+    nearest = nearest_path(path)
+    return {**fault, "nearest": nearest} if nearest else fault
+
+
+def nearest_path(path: str) -> str | None:
+    """The valid key that `path` most likely means: by its whole path, else by its last name."""
+    names = list(known_paths())
+    close = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
+    if close:
+        return close[0]
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    leaf = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)
+    return by_leaf[leaf[0]] if leaf else (difflib.get_close_matches(path, names, n=1, cutoff=0.5) or [None])[0]
+
+
+def _as_error(faults: list[dict[str, str]]) -> ConfigError:
+    lines = []
+    for fault in faults:
+        line = f"{fault['key'] or 'configuration'}: {fault['problem']} [{fault['where']}]"
+        lines.append(line + (f"; did you mean {fault['nearest']}?" if "nearest" in fault else ""))
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return ConfigError(
+        f"The configuration has {count}:\n" + "\n".join(f"  - {line}" for line in lines),
+        "Every key is explained in config.yaml.",
+        faults,
+    )
+
+
+def known_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key as a dotted path, sections included."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        kind = info.annotation
+        members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        for member in members:
+            if isinstance(member, type) and issubclass(member, BaseModel):
+                yield from known_paths(member, f"{prefix}{name}.")

@@ -1,0 +1,173 @@
+"""The configuration: one schema for `config.yaml`, the environment and the flags.
+
+Names and defaults are the contract with users. `config.yaml` in the repository explains each key; a test
+holds that file and this schema together. Nothing here reads a file: see `radiance_mlx.config.loading`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and a value never changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _off_is_a_word(value: Any) -> Any:
+    """YAML 1.1 reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
+def _none_is_a_word(value: Any) -> Any:
+    return "none" if value is False else value
+
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class ModelSection(Section):
+    """How the base model is loaded and spoken to."""
+
+    revision: str | None = None
+    chat_template_args: dict[str, Any] = {}
+    trust_remote_code: bool = False
+
+
+class LoraSection(Section):
+    """Shape of the adapters. `alpha` becomes mlx-lm's `scale = alpha / r`."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    target_modules: str | list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    num_layers: int = -1
+
+    @property
+    def scale(self) -> float:
+        """What mlx-lm multiplies the low-rank product with."""
+        return self.alpha / self.r
+
+    @property
+    def targets(self) -> list[str]:
+        """`target_modules` as a list of names."""
+        return [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
+
+class TrainingSection(Section):
+    """One batch's training. `max_steps` counts optimizer steps."""
+
+    batch_size: Positive = 1
+    grad_accum: Positive = 16
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    max_steps: Positive = 200
+    eval_every: NotNegative = 1
+    optimizer: Literal["adam", "adamw"] = "adam"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: NotNegative = 0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    mask_prompt: bool = True
+    max_seq_length: Annotated[int, Field(ge=8)] = 2048
+    stop_loss: Annotated[float, Field(gt=0)] | None = None
+    grad_checkpoint: bool = False
+    seed: NotNegative = 0
+    slice_ms: Annotated[float, Field(ge=0)] = 50.0
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    save_every_s: Annotated[float, Field(gt=0)] = 30.0
+
+
+class BatchSection(Section):
+    """When `update_mode: batched` starts to train: whichever comes first."""
+
+    max_examples: Positive = 128
+    max_age_minutes: Annotated[float, Field(gt=0)] = 30
+
+
+class EvaluationSection(Section):
+    """Anchors and the rollback policy. Unset, `anchor_provider` means no anchors."""
+
+    anchor_provider: Annotated[Literal["hf", "local", "none"] | None, BeforeValidator(_none_is_a_word)] = None
+    anchor_dataset: str = "tnn1t1s/news-100-sept-2023"
+    anchor_split: str = "train"
+    anchor_sample: Positive = 1000
+    rollback_mode: Annotated[Literal["off", "warn", "auto_rollback"], BeforeValidator(_off_is_a_word)] = "off"
+    catastrophic_delta: float = 0.25
+
+
+class ServerSection(Section):
+    """Where HTTP listens, and whom it lets in."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8321
+    token: str | None = None
+    allowed_hosts: list[str] = []
+    allowed_origins: list[str] = []
+    max_body_mb: Annotated[float, Field(gt=0)] = 16
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class StorageSection(Section):
+    """What is kept on disk. 0 keeps every checkpoint."""
+
+    keep_checkpoints: NotNegative = 50
+
+
+class ServingSection(Section):
+    """The engine's decoding."""
+
+    max_batch: Positive = 16
+    prefill_step_size: Positive = 512
+    adapter_slots: Annotated[int, Field(ge=3)] = 8
+    prompt_cache_mb: Annotated[float, Field(ge=0)] = 256
+    max_waiting: Positive = 256
+    max_context: Positive | None = None
+
+
+class MemorySection(Section):
+    """Bounds on what MLX may take. Unset limits come from the device."""
+
+    limit_gb: Annotated[float, Field(gt=0)] | None = None
+    cache_limit_mb: Annotated[float, Field(ge=0)] = 1024
+    wired: bool = False
+
+
+class Config(Section):
+    """Everything that can be set."""
+
+    backend: Literal["auto", "metal", "mps", "cuda", "cpu"] = "auto"
+    base_model: Annotated[str, Field(min_length=1)] = "nano"
+    update_mode: Literal["immediate", "batched"] = "batched"
+    lineage: Literal["continue", "fresh"] = "continue"
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    batch: BatchSection = BatchSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    server: ServerSection = ServerSection()
+    storage: StorageSection = StorageSection()
+    serving: ServingSection = ServingSection()
+    memory: MemorySection = MemorySection()
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> "Config":
+        if self.training.grad_checkpoint and self.training.slice_ms == 0 and self.lora.dropout > 0:
+            raise ValueError(
+                "training.grad_checkpoint with training.slice_ms: 0 needs lora.dropout: 0 "
+                "(mlx-lm's recomputation draws another dropout mask)"
+            )
+        if not is_loopback(self.server.host) and not self.server.token:
+            raise ValueError(
+                f"server.host: {self.server.host} is reachable from outside this machine: "
+                "set server.token too, or use 127.0.0.1"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine only."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")

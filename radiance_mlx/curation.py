@@ -1,0 +1,32 @@
+"""Accepted examples as files that `mlx_lm.lora --data` trains on. Pure.
+
+mlx-lm looks at the first row to tell a file's format, so a file never mixes formats: chats and
+prompt/completion pairs together become `messages`; plain text among them goes to a folder of its own.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .messages import Example
+
+
+def curated_files(examples: Sequence[Example]) -> dict[str, bytes]:
+    """File name → JSONL: `train.jsonl`, and `text.jsonl` when text stands beside chats."""
+    texts = [e.as_dict() for e in examples if not e.messages]
+    chats = [e for e in examples if e.messages]
+    pairs = [e.as_dict() for e in chats]
+    if any("messages" in row for row in pairs):
+        pairs = [_as_messages(e) for e in chats]
+    if not pairs:
+        return {"train.jsonl": _jsonl(texts)}
+    files = {"train.jsonl": _jsonl(pairs)}
+    return {**files, "text.jsonl": _jsonl(texts)} if texts else files
+
+
+def _as_messages(example: Example) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in example.messages]}
+
+
+def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

@@ -1,0 +1,1 @@
+"""The engine: one thread that owns MLX. Import `radiance_mlx.engine.thread` only; the rest loads MLX."""

@@ -1,0 +1,69 @@
+"""Choosing the device, and what must happen before MLX is first used.
+
+Importing this module loads OpenBLAS ahead of MLX where the system has it: the Linux wheel's own BLAS is some
+30 times slower. So import it before `mlx` anywhere.
+"""
+
+import contextlib
+import ctypes
+import platform
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+if sys.platform == "linux":
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+
+import mlx.core as mx
+
+from ..config.schema import MemorySection
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The device in use: `name` is metal, cuda or cpu; `device` what it calls itself."""
+
+    name: str
+    device: str
+    memory_bytes: int
+
+
+def select(wanted: str, memory: MemorySection) -> Backend:
+    """Make `wanted` (auto, metal, mps, cuda, cpu) this thread's default device and set MLX's memory bounds.
+
+    On the CPU `mx.compile` is turned off: there it builds C++ with the system's compiler, and gains nothing.
+    Raises `ConfigError` if the machine has no such device.
+    """
+    name = _resolve("metal" if wanted == "mps" else wanted)
+    mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
+    if name == "cpu":
+        mx.disable_compile()
+    mx.set_cache_limit(int(memory.cache_limit_mb * 2**20))
+    if memory.limit_gb is not None:
+        mx.set_memory_limit(int(memory.limit_gb * 2**30))
+    info: dict[str, Any] = mx.device_info()
+    size = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
+    return Backend(name, str(info.get("device_name") or platform.processor() or platform.machine()), size)
+
+
+def _resolve(wanted: str) -> str:
+    has = {"metal": mx.metal.is_available(), "cuda": _cuda_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name in ("metal", "cuda", "cpu") if has[name])
+    if not has[wanted]:
+        hints = {
+            "metal": "Metal needs a Mac with Apple silicon and the macOS wheel of mlx.",
+            "cuda": "Install the CUDA build: pip install 'radiance-mlx[cuda]'.",
+        }
+        raise ConfigError(
+            f"backend: {wanted} is not available here.",
+            f"{hints[wanted]} Or set backend: auto.",
+            [{"key": "backend", "problem": "not available on this machine"}],
+        )
+    return wanted
+
+
+def _cuda_available() -> bool:
+    return bool(hasattr(mx, "cuda") and mx.cuda.is_available())

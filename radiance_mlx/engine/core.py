@@ -1,0 +1,207 @@
+"""The engine: one base, its banked serving tree, requests, and one batch in training. One thread's affair.
+
+`step()` does one thing that the planner picked: generate for all active requests, a slice of background
+work, or nothing. It knows no HTTP, no database and no event loop.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import backend as backends  # before mlx: it loads OpenBLAS
+from .backend import Backend
+
+# isort: split
+import mlx.core as mx
+
+from ..checkpoints import folder as folders
+from ..config import Config
+from ..errors import Conflict, NotFound, RadianceError
+from ..lora import files
+from ..lora.bank import AdapterWeights, Bank
+from ..lora.encoding import ChatEncoder
+from ..lora.head import install_head
+from ..lora.targets import find_targets
+from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
+from .decoder import Decoder, Sink
+from .model import load_base
+from .planner import Action, Load, Planner
+from .probe import decodes_in_batches
+from .training import TrainingTask
+
+Done = Callable[[TrainResult | RadianceError], None]
+
+
+class Engine:
+    """Constructing it loads the base model; raises `RadianceError` if that cannot be done."""
+
+    def __init__(self, config: Config, home: Path) -> None:
+        started = time.perf_counter()
+        self._config, self._home = config, home
+        self._backend: Backend = backends.select(config.backend, config.memory)
+        self._base = load_base(config, cpu=self._backend.name == "cpu")
+        module = self._base.module
+        self._targets = find_targets(module, config.lora.targets, config.lora.num_layers)
+        self._head_on_targets = install_head(copy.deepcopy(module), self._base.vocab_size) is not None
+        tree = copy.deepcopy(module)
+        self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
+        self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
+        batched = decodes_in_batches(tree)
+        self._decoder = Decoder(
+            self._base,
+            tree,
+            self._bank,
+            self,
+            self._encoder,
+            config.serving,
+            config.memory,
+            batched=batched,
+        )
+        self._planner = Planner(config.training.share)
+        self._task: TrainingTask | None = None
+        self._done: Done | None = None
+        self.facts = self._describe(batched, time.perf_counter() - started)
+
+    def _describe(self, batched: bool, seconds: float) -> EngineFacts:
+        warnings = []
+        if not batched:
+            warnings.append("this model cannot decode in batches with mlx-lm: requests are answered one by one")
+        if not self._head_on_targets:
+            warnings.append("the output head was not found: training computes logits for prompts too")
+        return EngineFacts(
+            base_model=self._config.base_model,
+            base_hash=self._base.fingerprint,
+            backend=self._backend.name,
+            device=self._backend.device,
+            memory_bytes=self._backend.memory_bytes,
+            context=self._base.context,
+            vocab_size=self._base.vocab_size,
+            targets=self._targets.paths,
+            chat_template=bool(self._base.tokenizer.has_chat_template),
+            warnings=tuple(warnings),
+            seconds=round(seconds, 3),
+        )
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def submit(self, number: int, request: Generate, sink: Sink) -> None:
+        """Take a request; its pieces and its end go to `sink`."""
+        self._decoder.submit(number, request, sink)
+
+    def cancel(self, number: int) -> None:
+        """The client of request `number` has gone."""
+        self._decoder.cancel(number)
+
+    def warm(self, checkpoint: str) -> bool:
+        """Load a checkpoint into the bank. Raises `CheckpointDamaged` or `NotFound`."""
+        return self._decoder.warm(checkpoint)
+
+    def status(self) -> dict[str, Any]:
+        """Numbers for `/info`."""
+        return {
+            **self._decoder.facts(),
+            "active_memory_bytes": mx.get_active_memory(),
+            "peak_memory_bytes": mx.get_peak_memory(),
+            "cache_memory_bytes": mx.get_cache_memory(),
+        }
+
+    # --- where the decoder finds adapters ----------------------------------------------------------
+
+    def checkpoint(self, name: str) -> AdapterWeights:
+        """A kept adapter, verified. Raises `NotFound` or `CheckpointDamaged`."""
+        folder = self._home / "adapters" / name
+        if not folder.is_dir():
+            raise NotFound(f"The files of checkpoint {name} are gone.", "GET /checkpoints lists what there is.")
+        folders.verify(folder, {files.ADAPTER_FILE: folders.read(folder)["files"][files.ADAPTER_FILE]})
+        return files.load_adapter(folder)
+
+    def live(self) -> tuple[str, int, Callable[[], AdapterWeights]] | None:
+        """(coming id, step, weights) of the batch in training."""
+        task = self._task
+        return None if task is None else (task.batch.checkpoint, task.step, task.live)
+
+    # --- training --------------------------------------------------------------------------------
+
+    def train(
+        self, batch: TrainBatch, report: Callable[[Progress], None], cancelled: threading.Event, done: Done
+    ) -> None:
+        """Begin to train `batch` in the background; `done` gets the result or the error."""
+        if self._task is not None:
+            done(Conflict("A batch is in training already."))
+            return
+        try:
+            self._task = TrainingTask(
+                self._base,
+                self._targets,
+                self._encoder,
+                self._config,
+                self._home,
+                batch,
+                bank_bytes=self._bank.nbytes,
+                context=self._base.context,
+                head_on_targets=self._head_on_targets,
+                backend=self._backend.name,
+                report=report,
+                cancelled=cancelled,
+            )
+        except RadianceError as error:
+            done(error)
+            return
+        self._done = done
+
+    def _finish(self, outcome: TrainResult | RadianceError) -> None:
+        task, done = self._task, self._done
+        self._task = self._done = None
+        if task is not None:
+            task.close(forget_state=isinstance(outcome, RadianceError))
+            self._decoder.forget(f"training:{task.batch.checkpoint}")
+        mx.clear_cache()
+        if done is not None:
+            done(outcome)
+
+    # --- one step --------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do one thing; False if there was nothing to do."""
+        action = self._planner.next(Load(self._decoder.load, self._task is not None))
+        if action is Action.WAIT:
+            return False
+        started = time.perf_counter()
+        if action is Action.GENERATE:
+            self._decoder.step()
+        else:
+            self._background()
+        self._planner.charge(action, time.perf_counter() - started)
+        return True
+
+    def _background(self) -> None:
+        task = self._task
+        assert task is not None
+        before = task.step
+        try:
+            result = task.slice(self._config.training.slice_ms / 1000)
+        except RadianceError as error:
+            self._finish(error)
+            return
+        if result is not None:
+            self._finish(result)
+        elif task.step != before:
+            self._decoder.refresh_live()
+
+    def fail(self, error: RadianceError) -> None:
+        """Something broke in the middle of a step: end what was under way, stay usable."""
+        self._decoder.fail_all(error)
+        if self._task is not None:
+            self._finish(error)
+
+    def stop(self) -> None:
+        """Keep the state of the batch in training, end all requests."""
+        self._decoder.drain()
+        if self._task is not None:
+            if self._config.training.slice_ms > 0:
+                self._task.keep_state(wait=True)
+            self._task.close(forget_state=False)
+            self._task = self._done = None

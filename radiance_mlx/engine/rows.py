@@ -1,0 +1,139 @@
+"""What travels with each sequence through mlx-lm's `BatchGenerator`: its adapter slot and its sampling.
+
+Both ride as one more entry in the sequence's prompt cache, which the generator merges, filters, extends and
+extracts like any other. The model wrapper takes the entry off, sets the bank's rows, and the one sampler that
+all sequences share reads temperatures, top_p and keys from it. A row's key is (seed, tokens drawn so far), so
+its answer is the same alone and in any batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import apply_top_p
+
+from ..lora.bank import BASE_SLOT, ActiveRows
+
+
+class RowState:
+    """One sequence's slot and sampling; `drawn` counts its tokens."""
+
+    __slots__ = ("drawn", "seed", "slot", "temperature", "top_p")
+
+    def __init__(self, slot: int, temperature: float, top_p: float, seed: int) -> None:
+        self.slot, self.temperature, self.top_p, self.seed = slot, temperature, top_p, seed
+        self.drawn = 0
+
+
+class RowEntry:
+    """The rows of a batch, in its order, as an entry of mlx-lm's prompt cache (holds no arrays to trim)."""
+
+    def __init__(self, rows: Sequence[RowState]) -> None:
+        self._set(list(rows))
+
+    def _set(self, rows: list[RowState]) -> None:
+        self.rows = rows
+        slots = [row.slot for row in rows]
+        self.slots = None if all(slot == BASE_SLOT for slot in slots) else mx.array(slots, dtype=mx.uint32)
+        self.greedy = all(row.temperature == 0 for row in rows)
+
+    # --- what mlx-lm asks of a cache -------------------------------------------------------------
+
+    @classmethod
+    def merge(cls, entries: Sequence["RowEntry"]) -> "RowEntry":
+        return cls([row for entry in entries for row in entry.rows])
+
+    def extend(self, other: "RowEntry") -> None:
+        self._set(self.rows + other.rows)
+
+    def filter(self, keep: Any) -> None:
+        self._set([self.rows[int(i)] for i in keep])
+
+    def extract(self, index: int) -> "RowEntry":
+        return RowEntry([self.rows[index]])
+
+    def prepare(self, **_: Any) -> None:
+        """Padding concerns keys and values only."""
+
+    def finalize(self) -> None:
+        """Padding concerns keys and values only."""
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        return n
+
+    def size(self) -> int:
+        return 0
+
+    def empty(self) -> bool:
+        return False
+
+    @property
+    def state(self) -> list[mx.array]:
+        return []
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def __deepcopy__(self, memo: Any) -> "RowEntry":
+        # rows are shared: the generator copies a batch when it splits it, and each row lives in one half
+        return RowEntry(self.rows)
+
+
+class BankModel(nn.Module):
+    """The serving tree as `BatchGenerator` calls it: the last cache entry says which adapter each row has."""
+
+    def __init__(self, tree: nn.Module, rows: ActiveRows) -> None:
+        super().__init__()
+        self.tree = tree
+        self._active = rows
+        self.current: RowEntry | None = None
+
+    @property
+    def layers(self) -> Any:
+        return self.tree.layers
+
+    def new_cache(self, row: RowState) -> list[Any]:
+        """A fresh prompt cache for one sequence."""
+        return [*make_prompt_cache(self.tree), RowEntry([row])]
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        entry = cache[-1]
+        self._active.slots = entry.slots
+        self.current = entry
+        return self.tree(tokens, cache=cache[:-1])
+
+
+class RowSampler:
+    """Draws one token for each row of the batch that the model has just run."""
+
+    def __init__(self, model: BankModel) -> None:
+        self._model = model
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """(rows, vocabulary) log-probabilities → (rows,) tokens."""
+        entry = self._model.current
+        assert entry is not None
+        keys = [[row.seed, row.drawn] for row in entry.rows]
+        for row in entry.rows:
+            row.drawn += 1
+        best = mx.argmax(logprobs, axis=-1)
+        if entry.greedy:
+            return best
+        rows = entry.rows
+        logprobs = logprobs.astype(mx.float32)
+        if any(row.top_p < 1.0 for row in rows):
+            logprobs = apply_top_p(logprobs, mx.array([[row.top_p] for row in rows]))
+        heat = mx.array([[row.temperature or 1.0] for row in rows])
+        drawn = mx.vmap(_draw)(logprobs / heat, mx.array(keys, dtype=mx.uint32))
+        greedy = mx.array([row.temperature == 0 for row in rows])
+        return mx.where(greedy, best, drawn.astype(best.dtype))
+
+
+def _draw(logits: mx.array, key: mx.array) -> mx.array:
+    return mx.random.categorical(logits, key=key)

@@ -1,0 +1,248 @@
+"""The engine's thread, and the only way to it: tasks in, callbacks out.
+
+A task is a function of the engine with a place for its reply; the thread runs it between two steps. Replies
+and pieces of answers are collected during a step and handed to the event loop with one `call_soon_threadsafe`.
+This module does not import MLX: the thread does, when it starts.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import Config
+from ..errors import NotReady, RadianceError
+from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
+
+if TYPE_CHECKING:
+    from .core import Engine
+
+log = logging.getLogger(__name__)
+#: without a sign of life for so long, the engine does not count as working
+STALL_S = 60.0
+
+
+class EngineThread:
+    """Owns the thread. All methods but `_main` and what it calls belong to the event loop's thread."""
+
+    def __init__(self, config: Config, home: Path, on_death: Callable[[BaseException], None]) -> None:
+        self._config, self._home, self._on_death = config, home, on_death
+        self._inbox: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._outbox: list[Callable[[], None]] = []
+        self._thread = threading.Thread(target=self._main, name="radiance-engine")
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[EngineFacts] = self._loop.create_future()
+        self._pending: set[asyncio.Future[Any]] = set()
+        self._open: set[asyncio.Queue[Any]] = set()
+        self._numbers = 0
+        self._beat = time.monotonic()
+        self._alive = False
+        self._stopping = threading.Event()
+
+    # --- life ------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineFacts:
+        """Start the thread and load the base. Raises `RadianceError` if that fails."""
+        self._thread.start()
+        return await self._started
+
+    async def stop(self) -> None:
+        """Keep the training's state, end all requests, join the thread."""
+        self._stopping.set()
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    @property
+    def working(self) -> bool:
+        """Whether the engine is loaded and shows signs of life."""
+        return self._alive and time.monotonic() - self._beat < STALL_S
+
+    # --- tasks -----------------------------------------------------------------------------------
+
+    async def call(self, task: "Callable[[Engine], Any]") -> Any:
+        """Run `task` on the engine's thread and give its result. Raises what it raises."""
+        self._require()
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        self._pending.add(reply)
+        reply.add_done_callback(self._pending.discard)
+
+        def run(engine: "Engine") -> None:
+            try:
+                self._send(_resolve, reply, task(engine), None)
+            except RadianceError as error:
+                self._send(_resolve, reply, None, error)
+
+        self._inbox.put(run)
+        return await reply
+
+    async def generate(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
+        """Pieces (if `request.stream`) and the answer. Leaving the iterator early ends the generation.
+
+        Raises `RadianceError`.
+        """
+        self._require()
+        self._numbers += 1
+        number = self._numbers
+        pieces: asyncio.Queue[TextDelta | Answer | RadianceError] = asyncio.Queue()
+        finished = False
+        self._open.add(pieces)
+        self._inbox.put(lambda engine: engine.submit(number, request, self._sink(pieces)))
+        try:
+            while not finished:
+                item = await pieces.get()
+                if isinstance(item, RadianceError):
+                    finished = True
+                    raise item
+                finished = isinstance(item, Answer)
+                yield item
+        finally:
+            self._open.discard(pieces)
+            if not finished:
+                self._inbox.put(lambda engine: engine.cancel(number))
+
+    async def answer(self, request: Generate) -> Answer:
+        """The whole answer. Cancelling the awaiting task ends the generation."""
+        pieces = self.generate(request)
+        try:
+            async for item in pieces:
+                if isinstance(item, Answer):
+                    return item
+        finally:
+            await pieces.aclose()  # type: ignore[attr-defined]
+        raise NotReady("The engine gave no answer.")
+
+    async def train(
+        self, batch: TrainBatch, report: Callable[[Progress], None], cancelled: threading.Event
+    ) -> TrainResult:
+        """Train `batch` to its end. Raises `RadianceError`; `NotReady` if the service stops meanwhile."""
+        self._require()
+        reply: asyncio.Future[TrainResult] = self._loop.create_future()
+        self._pending.add(reply)
+        reply.add_done_callback(self._pending.discard)
+
+        def tell(progress: Progress) -> None:
+            self._send(report, progress)
+            self._flush()  # with slice_ms 0 nothing else would, until the end
+            self._beat = time.monotonic()
+
+        def done(outcome: TrainResult | RadianceError) -> None:
+            failed = isinstance(outcome, RadianceError)
+            self._send(_resolve, reply, None if failed else outcome, outcome if failed else None)
+
+        self._inbox.put(lambda engine: engine.train(batch, tell, cancelled, done))
+        return await reply
+
+    def _require(self) -> None:
+        if not self._alive:
+            raise NotReady("The model is still loading, or the service is stopping.", "Try again in a moment.")
+
+    def _sink(self, pieces: "asyncio.Queue[Any]") -> Callable[[Any], None]:
+        return lambda item: self._send(pieces.put_nowait, item)
+
+    # --- the engine's thread ---------------------------------------------------------------------
+
+    def _send(self, function: Callable[..., Any], *args: Any) -> None:
+        self._outbox.append(lambda: function(*args))
+
+    def _flush(self) -> None:
+        if not self._outbox:
+            return
+        batch, self._outbox = self._outbox, []
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_run_all, batch)
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._die, error)
+        finally:
+            _release_streams()
+
+    def _run(self) -> None:
+        from .core import Engine
+
+        try:
+            engine = Engine(self._config, self._home)
+        except RadianceError as error:
+            self._loop.call_soon_threadsafe(_resolve, self._started, None, error)
+            return
+        self._beat = time.monotonic()
+        self._loop.call_soon_threadsafe(self._live, engine.facts)
+        busy = False
+        while not self._stopping.is_set():
+            self._beat = time.monotonic()
+            self._drain(engine, block=not busy)
+            busy = self._step(engine)
+            self._flush()
+        engine.stop()
+        self._flush()
+        self._loop.call_soon_threadsafe(self._die, None)
+
+    def _drain(self, engine: "Engine", *, block: bool) -> None:
+        """Run the tasks that wait; with `block`, wait for one (a second at most: the beat goes on)."""
+        try:
+            task = self._inbox.get(block, 1.0) if block else self._inbox.get_nowait()
+            while True:
+                if task is not None:
+                    self._guard(engine, partial(task, engine))
+                task = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _step(self, engine: "Engine") -> bool:
+        return bool(self._guard(engine, engine.step))
+
+    def _guard(self, engine: "Engine", work: Callable[[], Any]) -> Any:
+        """A bug must not end the thread: what was under way fails, the rest goes on."""
+        try:
+            return work()
+        except Exception as error:
+            log.exception("the engine failed in a step")
+            engine.fail(RadianceError(f"The engine failed: {type(error).__name__}.", "See the log."))
+            return True
+
+    # --- back on the loop ------------------------------------------------------------------------
+
+    def _live(self, facts: EngineFacts) -> None:
+        self._alive = True
+        _resolve(self._started, facts, None)
+
+    def _die(self, error: BaseException | None) -> None:
+        self._alive = False
+        for reply in list(self._pending):
+            _resolve(reply, None, NotReady("The service is stopping."))
+        for pieces in self._open:
+            pieces.put_nowait(NotReady("The service is stopping.", "Ask again when it is back."))
+        if error is not None:
+            log.error("the engine's thread has ended", exc_info=error)
+            _resolve(self._started, None, NotReady(f"The engine could not start: {error}"))
+            self._on_death(error)
+
+
+def _resolve(reply: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
+    if reply.done():
+        return
+    if error is not None:
+        reply.set_exception(error)
+    else:
+        reply.set_result(value)
+
+
+def _run_all(batch: list[Callable[[], None]]) -> None:
+    for callback in batch:
+        callback()
+
+
+def _release_streams() -> None:
+    """MLX's streams belong to threads: one that ends with its streams open aborts the process at exit."""
+    import mlx.core as mx
+
+    mx.synchronize()
+    mx.clear_streams()

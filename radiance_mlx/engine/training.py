@@ -1,0 +1,318 @@
+"""One batch in training, as the engine's background work: prepared, cut into slices, measured, written.
+
+A `TrainingTask` never touches the bank or the requests. Its state is kept every so often under
+`state/training/<checkpoint>`, so that the same batch can go on after a crash from the last kept step.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.folder import replace_folder, unfinished
+from ..config import Config
+from ..errors import Cancelled, CheckpointDamaged, ModelError, RadianceError, TrainingFailed
+from ..lora import files, memory
+from ..lora.bank import AdapterWeights
+from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.head import install_head
+from ..lora.step import Piece
+from ..lora.targets import Targets
+from ..lora.trainer import Trainer
+from ..lora.tree import make_tree
+from ..lora.whole import run_whole
+from ..messages import Progress, TrainBatch, TrainResult
+from .metrics import training_metrics
+from .model import BaseModel
+
+Report = Callable[[Progress], None]
+
+
+class TrainingTask:
+    """Drives a `Trainer` in slices. Constructing it prepares everything and may raise `RadianceError`."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        targets: Targets,
+        encoder: ChatEncoder,
+        config: Config,
+        home: Path,
+        batch: TrainBatch,
+        *,
+        bank_bytes: int,
+        context: int,
+        head_on_targets: bool,
+        backend: str,
+        report: Report,
+        cancelled: threading.Event,
+    ) -> None:
+        self.batch = batch
+        self._base, self._config, self._home, self._report = base, config, home, report
+        self._targets, self._backend, self._cancelled = targets, backend, cancelled
+        self._notes: list[str] = []
+        self._started = time.time()
+        self._settings = config.training.model_copy(
+            update={"max_seq_length": min(config.training.max_seq_length, context)}
+        )
+        self._examples = self._encode(encoder)
+        self._head_on_targets = head_on_targets and config.training.slice_ms > 0
+        self._preflight(bank_bytes)
+        mx.reset_peak_memory()
+        self._trainer = self._prepare()
+        self._kept_at = time.monotonic()
+        self._keeping: Future[None] | None = None
+        self._files = ThreadPoolExecutor(1, thread_name_prefix="radiance-files")
+        self._final: list[float] = []
+        self._phase: Any = "training"
+        self._pieces = self._all_pieces()
+        self._s_per_piece = 0.002
+
+    # --- preparation -----------------------------------------------------------------------------
+
+    def _encode(self, encoder: ChatEncoder) -> list[Encoded]:
+        room = self._settings.max_seq_length
+        encoded = [
+            encoder.example(e, mask_prompt=self._settings.mask_prompt, max_tokens=room)
+            for e in self.batch.examples
+        ]
+        cut = [e for e in encoded if e.cut]
+        if cut:
+            self._notes.append(
+                f"{len(cut)} of {len(encoded)} examples were longer than {room} tokens and were cut "
+                f"(by {max(e.cut for e in cut)} tokens at most); see training.max_seq_length"
+            )
+        return encoded
+
+    def _preflight(self, bank_bytes: int) -> None:
+        needed = memory.estimate(
+            self._base.module,
+            self._targets,
+            self._examples,
+            self._settings,
+            rank=self._config.lora.r,
+            vocab_size=self._base.vocab_size,
+            bank_bytes=bank_bytes,
+            head_on_targets=self._head_on_targets,
+        )
+        memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
+        self.estimate = needed
+
+    def _prepare(self) -> Trainer:
+        lora, whole = self._config.lora, self._config.training.slice_ms == 0
+        tree = make_tree(
+            self._base.module,
+            self._targets,
+            rank=lora.r,
+            scale=lora.scale,
+            dropout=lora.dropout,
+            seed=_seed(self._settings.seed, self.batch.number),
+            grad_checkpoint=self._settings.grad_checkpoint,
+            plain=whole,
+        )
+        head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
+        trainer = Trainer(tree, head, self._examples, self._settings, self.batch.number, self._after_step)
+        fitted = trainer.args
+        if fitted.grad_accumulation_steps < self._settings.grad_accum:
+            self._notes.append(
+                f"one optimizer step takes {fitted.batch_size} x {fitted.grad_accumulation_steps} rows: "
+                f"the batch has {len(trainer.examples)} examples"
+            )
+        if not self._resume(trainer):
+            self._start(trainer)
+        return trainer
+
+    def _start(self, trainer: Trainer) -> None:
+        """From the parent's weights and optimizer, if the lineage goes on and the shapes are the same."""
+        parent = self.batch.parent
+        if parent is None or self.batch.lineage == "fresh":
+            return
+        folder = self._home / "adapters" / parent
+        weights = files.load_arrays(folder / files.ADAPTER_FILE)
+        scale = files.load_adapter(folder).scale
+        if not math.isclose(scale, self._config.lora.scale):
+            self._notes.append(_fresh_note(parent, "lora.alpha / lora.r"))
+            return
+        state = None
+        if (folder / files.OPTIMIZER_FILE).is_file():
+            state = files.load_arrays(folder / files.OPTIMIZER_FILE)
+        try:
+            if not trainer.start_from(weights, state):
+                self._notes.append(f"the optimizer of {parent} was of another kind: it starts fresh")
+        except ModelError:
+            self._notes.append(_fresh_note(parent, "lora.r or lora.target_modules"))
+
+    # --- kept state ------------------------------------------------------------------------------
+
+    @property
+    def _state_folder(self) -> Path:
+        return self._home / "state" / "training" / self.batch.checkpoint
+
+    def _identity(self) -> str:
+        """What a kept state must have in common with this batch to be gone on from."""
+        facts = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
+        sections = [self._config.lora.model_dump(), self._settings.model_dump()]
+        return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
+
+    def _resume(self, trainer: Trainer) -> bool:
+        folder = self._state_folder
+        if not folder.is_dir() or self._config.training.slice_ms == 0:
+            return False
+        try:
+            progress = json.loads((folder / files.PROGRESS_FILE).read_text(encoding="utf-8"))
+            if progress["identity"] != self._identity():
+                return False
+            weights = files.load_arrays(folder / files.ADAPTER_FILE)
+            trainer.resume(weights, files.load_arrays(folder / files.OPTIMIZER_FILE), progress)
+        except (OSError, ValueError, KeyError, CheckpointDamaged, TrainingFailed, ModelError):
+            return False
+        self._notes.append(f"taken up again at step {trainer.step} after an interruption")
+        return True
+
+    def keep_state(self, *, wait: bool = False) -> None:
+        """Write what `_resume` reads; the sync and the rename happen on a thread of files."""
+        if self._keeping is not None and not self._keeping.done() and not wait:
+            return
+        if self._keeping is not None:
+            self._keeping.result()
+        weights, optimizer, progress = self._trainer.state()
+        parent = self._state_folder.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        written = unfinished(parent, self.batch.checkpoint)
+        files.save_arrays(written / files.ADAPTER_FILE, weights)
+        files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        document = {**progress, "identity": self._identity()}
+        (written / files.PROGRESS_FILE).write_text(json.dumps(document), encoding="utf-8")
+        self._keeping = self._files.submit(replace_folder, written, self._state_folder)
+        self._kept_at = time.monotonic()
+        if wait:
+            self._keeping.result()
+
+    # --- the run ---------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._trainer.step
+
+    def live(self) -> AdapterWeights:
+        """The weights as they are now."""
+        return self._trainer.tree.adapter()
+
+    def slice(self, seconds: float) -> TrainResult | None:
+        """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
+        ends = time.perf_counter() + seconds
+        while True:
+            if self._cancelled.is_set():
+                raise Cancelled("The job was cancelled.")
+            started = time.perf_counter()
+            wanted = max(1, int((ends - started) / self._s_per_piece))
+            group, finished = self._take(wanted)
+            mx.eval([piece.arrays for piece in group])
+            now = time.perf_counter()
+            if group:
+                # the time of the maker's own work (building the graph) is in it: small groups are safe
+                self._s_per_piece += 0.3 * ((now - started) / len(group) - self._s_per_piece)
+            if finished:
+                return self._result()
+            if now + self._s_per_piece > ends:
+                return None
+
+    def _take(self, wanted: int) -> tuple[list[Piece], bool]:
+        group: list[Piece] = []
+        while len(group) < wanted:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return group, True
+            group.append(piece)
+            if piece.barrier:
+                break
+        return group, False
+
+    def _all_pieces(self) -> Iterator[Piece]:
+        if self._config.training.slice_ms == 0:
+            yield from run_whole(self._trainer, self._after_step)
+        else:
+            yield from self._trainer.run()
+        self._phase = "evaluating"
+        self._report(self._progress())
+        yield from self._trainer.evaluate_all(self._final)
+
+    def _after_step(self, trainer: Trainer) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("The job was cancelled.")
+        self._report(self._progress())
+        due = time.monotonic() - self._kept_at >= self._settings.save_every_s
+        if due and self._config.training.slice_ms > 0 and trainer.step < self._settings.max_steps:
+            self.keep_state()
+
+    def _progress(self) -> Progress:
+        steps = self._trainer.history.steps
+        return Progress(
+            step=self._trainer.step,
+            max_steps=self._settings.max_steps,
+            loss=steps[-1]["loss"] if steps else None,
+            tokens_per_s=round(self._trainer.tokens_per_s, 1),
+            eta_s=self._trainer.eta_s,
+            phase=self._phase,
+        )
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def _result(self) -> TrainResult:
+        lora = self._config.lora
+        if self._trainer.finished_early:
+            self._notes.append(self._trainer.finished_early)
+        adapters = self._home / "adapters"
+        adapters.mkdir(parents=True, exist_ok=True)
+        written = unfinished(adapters, self.batch.checkpoint)
+        weights, optimizer, _ = self._trainer.state()
+        config = files.adapter_config(self._targets, rank=lora.r, scale=lora.scale, dropout=lora.dropout)
+        files.save_adapter(written, weights, {**config, "base_model": self._config.base_model})
+        files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        used = {
+            "base_model": self._config.base_model,
+            "lineage": self.batch.lineage,
+            "lora": lora.model_dump(),
+            "training": self._settings.model_dump(),
+        }
+        return TrainResult(
+            checkpoint=self.batch.checkpoint,
+            parent=self.batch.parent,
+            written=str(written),
+            metrics=training_metrics(
+                self._trainer, self.batch, self._final[0], used, self._backend, time.time() - self._started
+            ),
+            config=used,
+            notes=tuple(self._notes),
+            data_hash=self.batch.data_hash,
+            jobs=self.batch.jobs,
+        )
+
+    def close(self, *, forget_state: bool) -> None:
+        """Let go of everything; with `forget_state` the kept state goes too."""
+        with contextlib.suppress(OSError, RadianceError):
+            if self._keeping is not None:
+                self._keeping.result()
+        self._files.shutdown()
+        if forget_state:
+            shutil.rmtree(self._state_folder, ignore_errors=True)
+
+
+def _seed(seed: int, number: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _fresh_note(parent: str, what: str) -> str:
+    return f"started fresh from the base: {what} is not what {parent} was trained with"
+

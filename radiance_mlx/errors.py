@@ -1,0 +1,153 @@
+"""Every error that a user may see: a code for programs, a message and a hint for people, an HTTP status.
+
+Raise the most specific class. `details` is plain JSON data. Anything that is not a `RadianceError` is a
+bug, and is answered as `internal_error` without its text.
+"""
+
+from typing import Any
+
+
+class RadianceError(Exception):
+    """Base of all errors; subclasses set `code` and `status`."""
+
+    code = "error"
+    status = 500
+
+    def __init__(self, message: str, hint: str = "", details: Any = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+    def as_dict(self) -> dict[str, Any]:
+        """The body of `{"error": …}` in HTTP answers and `--json` output."""
+        return {"code": self.code, "message": self.message, "hint": self.hint, "details": self.details}
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+
+
+class ConfigError(RadianceError):
+    """The configuration cannot be used; `details` lists every fault with the path of its key."""
+
+    code, status = "bad_config", 400
+
+
+class InvalidRequest(RadianceError):
+    """The body or a parameter is not what the route takes."""
+
+    code, status = "invalid_request", 422
+
+
+class MalformedBody(RadianceError):
+    """The body is not JSON in UTF-8."""
+
+    code, status = "malformed_body", 400
+
+
+class PayloadTooLarge(RadianceError):
+    code, status = "payload_too_large", 413
+
+
+class UnsupportedMediaType(RadianceError):
+    code, status = "unsupported_media_type", 415
+
+
+class NotFound(RadianceError):
+    code, status = "not_found", 404
+
+
+class MethodNotAllowed(RadianceError):
+    code, status = "method_not_allowed", 405
+
+
+class Conflict(RadianceError):
+    """The request is sound, but the state of what it names forbids it."""
+
+    code, status = "conflict", 409
+
+
+class IdempotencyMismatch(RadianceError):
+    """The same Idempotency-Key came with another body."""
+
+    code, status = "idempotency_mismatch", 422
+
+
+class Forbidden(RadianceError):
+    """A Host or Origin that is not on the list."""
+
+    code, status = "forbidden", 403
+
+
+class Unauthorized(RadianceError):
+    code, status = "unauthorized", 401
+
+
+class PromptTooLong(RadianceError):
+    code, status = "prompt_too_long", 422
+
+
+class Busy(RadianceError):
+    """The waiting line is full."""
+
+    code, status = "busy", 503
+
+
+class NotReady(RadianceError):
+    """The model is still loading, or the engine has stopped."""
+
+    code, status = "not_ready", 503
+
+
+class RequestTimeout(RadianceError):
+    code, status = "request_timeout", 408
+
+
+class CheckpointDamaged(RadianceError):
+    """A checkpoint's files are missing or differ from their recorded hashes."""
+
+    code, status = "checkpoint_damaged", 409
+
+
+class ModelError(RadianceError):
+    """The base model cannot be found, loaded or adapted."""
+
+    code, status = "model_error", 500
+
+
+class TrainingFailed(RadianceError):
+    """A job cannot be trained; nothing is published."""
+
+    code, status = "training_failed", 500
+
+
+class NotEnoughMemory(TrainingFailed):
+    code = "not_enough_memory"
+
+
+class NonFinite(TrainingFailed):
+    """The loss or the gradient became NaN or infinite."""
+
+    code = "non_finite"
+
+
+class Cancelled(RadianceError):
+    code, status = "cancelled", 409
+
+
+class StoreError(RadianceError):
+    """The database or the home folder cannot be used."""
+
+    code, status = "store_error", 500
+
+
+class HomeLocked(StoreError):
+    """Another process works on this home."""
+
+    code, status = "home_locked", 409
+
+
+class ServiceUnreachable(RadianceError):
+    """A command found no running service."""
+
+    code, status = "service_unreachable", 503

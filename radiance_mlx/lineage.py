@@ -1,0 +1,201 @@
+"""The lineage of one base: which checkpoint is stable, publishing a new one, going back, keeping disk bounded.
+
+The asyncio side's view: the database says what is true, this object what is served. A checkpoint is committed
+to disk, then given a slot, then recorded; only then does `stable` name it.
+"""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from .checkpoints import folder as folders
+from .checkpoints.retention import removable
+from .engine.thread import EngineThread
+from .errors import CheckpointDamaged, Conflict
+from .messages import BASE, TrainResult
+from .storage import StoreThread
+from .store import CheckpointRecord, write_durably
+
+log = structlog.get_logger(__name__)
+
+
+class Lineage:
+    """Made by `open`, which also verifies the stable checkpoint."""
+
+    def __init__(
+        self, store: StoreThread, engine: EngineThread, home: Path, base_hash: str, keep: int
+    ) -> None:
+        self._store, self._engine, self._home, self._keep = store, engine, home, keep
+        self.base_hash = base_hash
+        self.stable: str | None = None
+        self.status = BASE
+        self.warnings: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """What `search` answers from: the stable checkpoint's id, or `base`."""
+        return self.stable or BASE
+
+    def folder(self, checkpoint: str) -> Path:
+        """Where a checkpoint's files are."""
+        return self._home / "adapters" / checkpoint
+
+    # --- at start --------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Find the newest sound checkpoint of this base's lineage and make ready to serve it."""
+        await self._greet_base()
+        await asyncio.to_thread(folders.remove_unfinished, self._home / "adapters")
+        await asyncio.to_thread(folders.remove_unfinished, self._home / "state" / "training")
+        stable = await self._store(lambda s: s.stable(self.base_hash))
+        for record in await self._store(lambda s: s.lineage(self.base_hash, stable)):
+            if await self._sound(record):
+                await self._settle(stable, record)
+                return
+        await self._settle(stable, None)
+
+    async def _greet_base(self) -> None:
+        last = await self._store(lambda s: s.get("base_hash"))
+        if last is not None and last != self.base_hash:
+            known = await self._store(lambda s: s.checkpoints(self.base_hash))
+            what = "goes on with its own lineage" if known else "starts a lineage of its own"
+            self.warnings.append(f"this home was last used with another base model; this one {what}")
+            log.warning("another base model", base_hash=self.base_hash[:12], last=last[:12])
+            await self._store(lambda s: s.event("base_changed", {"from": last, "to": self.base_hash}))
+        await self._store(lambda s: s.put("base_hash", self.base_hash))
+
+    async def _sound(self, record: CheckpointRecord) -> bool:
+        if record.damaged is None and not record.pruned:
+            try:
+                await asyncio.to_thread(folders.verify, self.folder(record.checkpoint), record.files)
+                await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+                return True
+            except CheckpointDamaged as error:
+                why = error.message
+                await self._store(lambda s: s.mark_damaged(record.checkpoint, why))
+                log.error("damaged checkpoint", checkpoint=record.checkpoint, why=why)
+        self.warnings.append(
+            f"checkpoint {record.checkpoint} cannot be served: "
+            + ("its files were removed to save room" if record.pruned else "its files are damaged")
+        )
+        return False
+
+    async def _settle(self, recorded: str | None, record: CheckpointRecord | None) -> None:
+        sound = record.checkpoint if record else None
+        if sound != recorded:
+            reason = f"{recorded} is damaged; {sound or BASE} is its newest sound ancestor"
+            await self._store(lambda s: s.move_stable(self.base_hash, sound, reason, kind="damaged"))
+            log.warning("serving an ancestor", checkpoint=sound or BASE, instead_of=recorded)
+        self.stable = sound
+        self.status = record.status if record else BASE
+
+    # --- publishing ------------------------------------------------------------------------------
+
+    async def commit(self, result: TrainResult) -> CheckpointRecord:
+        """Make the trained files a checkpoint folder, with its metrics beside; not served yet."""
+        facts = {
+            "checkpoint": result.checkpoint,
+            "parent": result.parent,
+            "base_hash": self.base_hash,
+            "jobs": list(result.jobs),
+            "data_hash": result.data_hash,
+            "config": result.config,
+            "metrics": {k: v for k, v in result.metrics.items() if k != "curves"},
+            "notes": list(result.notes),
+        }
+        final = self.folder(result.checkpoint)
+        await asyncio.to_thread(folders.commit, Path(result.written), final, facts)
+        await asyncio.to_thread(self._write_metrics, result.checkpoint, result.metrics)
+        return self.recorded(result.checkpoint)
+
+    def _write_metrics(self, checkpoint: str, metrics: dict[str, Any]) -> None:
+        file = self._home / "metrics" / f"{checkpoint}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, (json.dumps(metrics, indent=2) + "\n").encode())
+
+    def recorded(self, checkpoint: str, created: float = 0.0) -> CheckpointRecord:
+        """The row for a committed folder, from its own `checkpoint.json`. Raises `CheckpointDamaged`."""
+        folder = self.folder(checkpoint)
+        facts = folders.read(folder)
+        if facts.get("base_hash") != self.base_hash:
+            raise CheckpointDamaged(f"{checkpoint} belongs to another base model.")
+        return CheckpointRecord(
+            checkpoint=checkpoint,
+            number=number_of(checkpoint),
+            base_hash=self.base_hash,
+            parent=facts["parent"],
+            status="stable",
+            created=created or (folder / folders.CHECKPOINT_FILE).stat().st_mtime,
+            jobs=tuple(facts["jobs"]),
+            data_hash=facts["data_hash"],
+            files=facts["files"],
+            metrics=facts["metrics"],
+            config=facts["config"],
+            notes=tuple(facts["notes"]),
+        )
+
+    def finished_folder(self, checkpoint: str, data_hash: str) -> CheckpointRecord | None:
+        """The folder that a crashed run had completed for this very batch, if it is sound."""
+        try:
+            record = self.recorded(checkpoint)
+            folders.verify(self.folder(checkpoint), record.files)
+        except (CheckpointDamaged, KeyError, OSError):
+            return None
+        return record if record.data_hash == data_hash else None
+
+    async def publish(self, record: CheckpointRecord) -> None:
+        """Give it a slot, record it with its jobs in one transaction, and serve it from now on."""
+        await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+        data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
+        await self._store(lambda s: s.publish(record, events=[("published", data)]))
+        self.stable, self.status = record.checkpoint, record.status
+        log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
+        await self._prune()
+
+    async def _prune(self) -> None:
+        records = await self._store(lambda s: s.checkpoints())
+        chain = await self._store(lambda s: s.lineage(self.base_hash, self.stable))
+        others = {r.base_hash for r in records} - {self.base_hash}
+        kept = {await self._store(lambda s, b=base: s.stable(b)) for base in others}
+        on_disk = [r.checkpoint for r in records if not r.pruned and r.checkpoint not in kept]
+        gone = removable(on_disk, [r.checkpoint for r in chain], self._keep)
+        if gone:
+            await self._store(lambda s: s.mark_pruned(gone))
+            for checkpoint in gone:
+                await asyncio.to_thread(shutil.rmtree, self.folder(checkpoint), True)
+
+    # --- going back ------------------------------------------------------------------------------
+
+    async def rollback(self, to: str | None, reason: str) -> tuple[str, str]:
+        """Serve `to` (an id, "base", or None for the parent) from now on; (previous, current).
+
+        Raises `NotFound`, `Conflict`, `CheckpointDamaged`; then nothing has changed.
+        """
+        previous = self.current
+        if to is None and self.stable is None:
+            raise Conflict("Nothing has been published: the base has no parent.", "Post an update first.")
+        if to is None:
+            target = (await self._store(lambda s: s.checkpoint(str(self.stable)))).parent
+        else:
+            target = None if to == BASE else to
+        if target is not None:
+            record = await self._store(lambda s: s.checkpoint(str(target)))
+            if not record.pruned and record.base_hash == self.base_hash and record.damaged is None:
+                await asyncio.to_thread(folders.verify, self.folder(target), record.files)
+                await self._engine.call(lambda engine: engine.warm(str(target)))
+        await self._store(lambda s: s.move_stable(self.base_hash, target, reason))
+        self.stable = target
+        self.status = BASE
+        if target is not None:
+            self.status = (await self._store(lambda s: s.checkpoint(str(target)))).status
+        log.info("rolled back", previous=previous, checkpoint=self.current, reason=reason)
+        return previous, self.current
+
+
+def number_of(checkpoint: str) -> int:
+    """The rising number in a checkpoint's id."""
+    return int(checkpoint.rsplit("_", 1)[1])

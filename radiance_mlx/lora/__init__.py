@@ -1,0 +1,1 @@
+"""LoRA: finding target modules, the adapter bank, sliced training, adapter files. No threads, no HTTP."""

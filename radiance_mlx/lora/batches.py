@@ -1,0 +1,54 @@
+"""Micro-batches in a reproducible order, padded to buckets, by mlx-lm's own `iterate_batches`.
+
+The order is a function of (seed, batch number, epoch) alone, so a job taken up again goes on with the very
+rows that would have come. Every example comes once per epoch; the last, short batch is filled up with
+examples drawn at random, since mlx-lm would drop its rows (always the longest ones).
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tuner.trainer import iterate_batches
+
+from .encoding import Encoded
+
+#: tokens (rows, length + 1) int32, and (rows, 2) int32: first and last target index of each row
+Batch = tuple[mx.array, mx.array]
+
+
+def batch_stream(
+    examples: Sequence[Encoded], *, batch_size: int, max_tokens: int, seed: tuple[int, int]
+) -> Iterator[Batch]:
+    """Micro-batches without end. `batch_size` must not be larger than the number of examples."""
+    for epoch in itertools.count():
+        rng = np.random.default_rng([*seed, epoch])
+        order = list(rng.permutation(len(examples)))
+        order += list(rng.choice(len(examples), size=-len(examples) % batch_size, replace=False))
+        yield from _one_epoch([examples[i] for i in order], batch_size, max_tokens, int(rng.integers(2**31)))
+
+
+def batches_once(examples: Sequence[Encoded], *, batch_size: int, max_tokens: int) -> Iterator[Batch]:
+    """Every example once, similar lengths together, for evaluation; the last batch may be smaller."""
+    ordered = sorted(examples, key=lambda e: len(e.tokens))
+    for start in range(0, len(ordered), batch_size):
+        chunk = ordered[start : start + batch_size]
+        yield from _one_epoch(chunk, len(chunk), max_tokens, seed=None)
+
+
+def _one_epoch(
+    examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None
+) -> Iterator[Batch]:
+    rows = [(e.tokens, e.offset) for e in examples]
+    # one more than the longest row: mlx-lm counts the padding token after a row's end as a target otherwise
+    for tokens, spans in iterate_batches(rows, batch_size, max_tokens + 1, loop=False, seed=seed):
+        yield tokens, spans - mx.array([[0, 1]])
+
+
+def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Flat indices into (rows x length) of the positions whose next token is a target, and those tokens."""
+    tokens, spans = np.array(batch[0]), np.array(batch[1])
+    steps = np.arange(1, tokens.shape[1])
+    mask = (steps >= spans[:, :1]) & (steps <= spans[:, 1:])
+    return np.flatnonzero(mask), tokens[:, 1:][mask]

@@ -1,0 +1,94 @@
+"""From chat messages and examples to tokens, by the base's own chat template.
+
+A base without a template gets plain text: the contents one after another, then the answer, then the end
+token. Needs only a tokenizer (mlx-lm's `TokenizerWrapper`), no arrays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InvalidRequest
+from ..messages import Example
+
+Messages = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of one example; targets are the tokens from `offset` on. `cut` tokens were left out."""
+
+    tokens: tuple[int, ...]
+    offset: int
+    cut: int = 0
+
+    @property
+    def targets(self) -> int:
+        """How many tokens count in the loss."""
+        return len(self.tokens) - max(self.offset, 1)
+
+
+class ChatEncoder:
+    """Renders prompts and examples for one tokenizer; `template_args` reach its chat template."""
+
+    def __init__(self, tokenizer: Any, template_args: dict[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._args = dict(template_args or {})
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """Tokens of `messages` up to where the answer begins. Raises `InvalidRequest` if the template refuses."""
+        if self.tokenizer.has_chat_template:
+            return self._render(messages, add_generation_prompt=True)
+        return list(self.tokenizer.encode("\n".join(content for _, content in messages)))
+
+    def example(self, example: Example, *, mask_prompt: bool = True, max_tokens: int = 2048) -> Encoded:
+        """Tokens of one training pair, cut to `max_tokens`.
+
+        Without `mask_prompt`, and for plain text, every token but the first is a target.
+        """
+        if not example.messages:
+            tokens = self._ended(list(self.tokenizer.encode(example.text)))
+            return Encoded(tuple(tokens[:max_tokens]), 0, max(0, len(tokens) - max_tokens))
+        prompt, answer = self._split(example.messages)
+        kept_prompt, kept_answer = _fit(prompt, answer, max_tokens)
+        cut = len(prompt) + len(answer) - len(kept_prompt) - len(kept_answer)
+        offset = len(kept_prompt) if mask_prompt else 0
+        return Encoded((*kept_prompt, *kept_answer), offset, cut)
+
+    def _split(self, messages: Messages) -> tuple[list[int], list[int]]:
+        prompt = self.prompt(messages[:-1])
+        if not self.tokenizer.has_chat_template:
+            answer = list(self.tokenizer.encode(messages[-1][1], add_special_tokens=False))
+            return prompt, self._ended(answer)
+        whole = self._render(messages, add_generation_prompt=False)
+        # some templates render the last turn otherwise than they prompt for it: what differs is learnt
+        shared = next(
+            (i for i, (p, w) in enumerate(zip(prompt, whole, strict=False)) if p != w),
+            min(len(prompt), len(whole)),
+        )
+        return whole[:shared], whole[shared:]
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        try:
+            tokens = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=add_generation_prompt, **self._args
+            )
+        except Exception as error:  # jinja's errors, and whatever a template raises by itself
+            raise InvalidRequest(
+                f"The model's chat template refuses these messages: {error}",
+                "Check the roles and their order.",
+            ) from error
+        return list(tokens)
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return tokens if end is None or (tokens and tokens[-1] == end) else [*tokens, end]
+
+
+def _fit(prompt: list[int], answer: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Keep the answer's start and the prompt's end; the prompt yields down to half of the room first."""
+    if len(prompt) + len(answer) <= room:
+        return prompt, answer
+    answer = answer[: room - min(len(prompt), room // 2)]
+    return prompt[len(prompt) - (room - len(answer)) :], answer

@@ -1,0 +1,111 @@
+"""One micro-batch's loss and gradients, as a run of pieces that can be evaluated one at a time.
+
+MLX is lazy: the whole graph (loss, noted outputs, gradients) is built first and evaluated piece by piece,
+outputs forward, then each module's gradients in reversed call order. No result changes and no work is added;
+between two pieces the engine may decode.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.trainer import default_loss
+
+from .batches import Batch, target_positions
+from .head import TargetRows
+from .tree import TrainingTree
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Arrays to evaluate together. After a `barrier` piece, the maker needs their values to go on."""
+
+    arrays: list[mx.array]
+    barrier: bool = False
+
+
+@dataclass
+class MicroBatchResult:
+    """What `MicroBatch.pieces` leaves behind: token-mean loss, target count, flat gradients by name."""
+
+    loss: mx.array | None = None
+    tokens: mx.array | int = 0
+    grads: dict[str, mx.array] = field(default_factory=dict)
+
+
+class LossFunction:
+    """mlx-lm's `default_loss`, or the same over target rows only where the head allows it."""
+
+    def __init__(self, head: TargetRows | None) -> None:
+        self._head = head
+
+    def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, Any]:
+        """(token-mean cross-entropy in nats, number of targets)."""
+        if self._head is None:
+            return default_loss(module, tokens, spans)
+        positions, targets = target_positions((tokens, spans))
+        self._head.positions = mx.array(positions)
+        try:
+            logits = module(tokens[:, :-1])[0]
+        finally:
+            self._head.positions = None
+        losses = nn.losses.cross_entropy(logits, mx.array(targets))
+        return losses.astype(mx.float32).mean(), len(targets)
+
+
+class MicroBatch:
+    """Builds and cuts the graph of one micro-batch."""
+
+    def __init__(self, tree: TrainingTree, loss: LossFunction) -> None:
+        self._tree = tree
+        self._loss = loss
+        self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
+
+    def _taped_loss(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[Any, ...]:
+        loss, count = self._loss(module, tokens, spans)
+        return loss, count, list(self._tree.tape.outputs)
+
+    def pieces(self, batch: Batch, key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
+        """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
+        tape = self._tree.tape
+        tape.start(key)
+        try:
+            (result.loss, result.tokens, outputs), grads = self._value_and_grad(self._tree.module, *batch)
+        finally:
+            tape.active = False
+        tape.outputs = []
+        result.grads = dict(tree_flatten(grads))
+        del grads
+        for i in range(len(outputs)):
+            piece, outputs[i] = Piece([outputs[i]]), None  # evaluated outputs must not be held
+            yield piece
+        yield Piece([result.loss])
+        for group in reversed(_by_call_order(result.grads, tape.order, tape.record_linears)):
+            yield Piece(group)
+
+
+def _by_call_order(grads: dict[str, mx.array], order: list[str], by_module: bool) -> list[list[mx.array]]:
+    """Gradients grouped by module (or by layer, when only layers were noted), first called first."""
+    if not by_module:
+        groups: dict[str, list[mx.array]] = {}
+        for name, grad in grads.items():
+            groups.setdefault(name.split(".layers.")[-1].split(".")[0], []).append(grad)
+        return list(groups.values())
+    called = {path: position for position, path in enumerate(order)}
+    by_path: dict[str, list[mx.array]] = {}
+    for name, grad in grads.items():
+        by_path.setdefault(name.rsplit(".", 1)[0], []).append(grad)
+    return [by_path[path] for path in sorted(by_path, key=lambda path: called.get(path, -1))]
+
+
+def add_grads(total: dict[str, mx.array] | None, grads: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Sum of two flat gradient trees."""
+    return grads if total is None else {name: total[name] + grad for name, grad in grads.items()}
+
+
+def unflatten(flat: dict[str, mx.array]) -> Any:
+    """A flat tree as the nested one that optimizers take."""
+    return tree_unflatten(list(flat.items()))

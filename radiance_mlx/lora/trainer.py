@@ -1,0 +1,233 @@
+"""Training one batch, in pieces.
+
+`Trainer.run()` is a generator of `Piece`s; whoever drives it evaluates them, as many at once as its time
+allows. Losses, data, optimizer steps and results are those of mlx-lm's `train`; only where the step is cut is
+ours. State can be taken out after any step and put back: the run then goes on bit by bit the same.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.tuner.trainer import TrainingArgs
+
+from ..config.schema import TrainingSection
+from ..errors import NonFinite, TrainingFailed
+from .batches import batch_stream, batches_once
+from .encoding import Encoded
+from .head import TargetRows
+from .optimizer import learning_rate, make_optimizer, restore, state_arrays
+from .step import LossFunction, MicroBatch, MicroBatchResult, Piece, add_grads, unflatten
+from .tree import TrainingTree
+
+
+@dataclass
+class History:
+    """What was measured: one row per optimizer step, and (step, loss) of each evaluation."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evals: list[dict[str, float]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "evals": self.evals}
+
+
+class Trainer:
+    """One batch's training on one tree. `on_step` is called after each optimizer step."""
+
+    def __init__(
+        self,
+        tree: TrainingTree,
+        head: TargetRows | None,
+        examples: Sequence[Encoded],
+        settings: TrainingSection,
+        number: int,
+        on_step: Callable[["Trainer"], None] = lambda trainer: None,
+    ) -> None:
+        self.tree = tree
+        self.settings = settings
+        self.number = number
+        self.examples = [e for e in examples if e.targets > 0]
+        if not self.examples:
+            raise TrainingFailed(
+                "No example has a token to learn.", "Check that outputs are not empty for this tokenizer."
+            )
+        self.args = fit_to_data(settings, len(self.examples))
+        self.optimizer = make_optimizer(settings)
+        self.optimizer.init(tree.module.trainable_parameters())
+        self.step = 0
+        self.history = History()
+        self.trained_tokens = 0
+        self.finished_early = ""
+        self._on_step = on_step
+        self._loss = LossFunction(head)
+        self._micro = MicroBatch(tree, self._loss)
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens through the model a second of wall time, over the run so far."""
+        return self.trained_tokens / self._seconds if self._seconds else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Estimated seconds for the steps that are left, at the pace so far."""
+        return self._seconds / self.step * (self.settings.max_steps - self.step) if self.step else None
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
+        """(weights, optimizer state, plain progress): all that `resume` needs."""
+        progress = {"step": self.step, "trained_tokens": self.trained_tokens, "seconds": self._seconds}
+        return (
+            self.tree.parameters(),
+            state_arrays(self.optimizer),
+            {**progress, "history": self.history.as_dict()},
+        )
+
+    def start_from(self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array] | None) -> bool:
+        """Go on from a parent's weights and optimizer; whether the optimizer's state could be used."""
+        self.tree.load(weights)
+        return optimizer is not None and restore(
+            self.optimizer, self.tree.module.trainable_parameters(), optimizer
+        )
+
+    def resume(
+        self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array], progress: Mapping[str, Any]
+    ) -> None:
+        """Put back what `state` gave."""
+        if not self.start_from(weights, optimizer):
+            raise TrainingFailed("The saved state belongs to another optimizer.")
+        self.step = int(progress["step"])
+        self.trained_tokens = int(progress["trained_tokens"])
+        self._seconds = float(progress["seconds"])
+        self.history = History(list(progress["history"]["steps"]), list(progress["history"]["evals"]))
+
+    # --- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Piece]:
+        """Train to `max_steps` (or `stop_loss`). Raises `NonFinite`; the tree is then not to be used."""
+        per_step = self.args.grad_accumulation_steps
+        stream = batch_stream(
+            self.examples,
+            batch_size=self.args.batch_size,
+            max_tokens=self.args.max_seq_length,
+            seed=(self.settings.seed, self.number),
+        )
+        for _ in range(self.step * per_step):
+            next(stream)
+        while self.step < self.settings.max_steps:
+            started = time.perf_counter()
+            yield from self._optimizer_step([next(stream) for _ in range(per_step)])
+            self._seconds += time.perf_counter() - started
+            every = self.settings.eval_every
+            if every and self.step % every == 0 and self.step < self.settings.max_steps:
+                yield from self._evaluate_sample()
+            self._on_step(self)
+            stop = self.settings.stop_loss
+            if stop is not None and self.history.steps[-1]["loss"] < stop:
+                self.finished_early = f"stopped at step {self.step}: the loss is below stop_loss {stop}"
+                return
+
+    def _optimizer_step(self, batches: list[Any]) -> Iterator[Piece]:
+        total: dict[str, mx.array] | None = None
+        losses, tokens = [], 0
+        for index, batch in enumerate(batches):
+            result = MicroBatchResult()
+            yield from self._micro.pieces(batch, self._dropout_key(index), result)
+            total = add_grads(total, result.grads)
+            losses.append(result.loss)
+            tokens += int(batch[0].size) - batch[0].shape[0]
+            if len(batches) > 1:
+                yield Piece(list(total.values()))
+        assert total is not None
+        grads = {name: grad / len(batches) for name, grad in total.items()} if len(batches) > 1 else total
+        loss = mx.stack(losses).mean()
+        rate = learning_rate(self.step, self.settings)
+        nested, norm = optim.clip_grad_norm(unflatten(grads), self.settings.clip_norm or math.inf)
+        yield Piece([loss, norm], barrier=True)
+        self._check_finite(loss.item(), norm.item())
+        self.optimizer.learning_rate = rate
+        self.optimizer.update(self.tree.module, nested if self.settings.clip_norm else unflatten(grads))
+        yield Piece(
+            [*self.tree.parameters().values(), *state_arrays(self.optimizer).values()],
+            barrier=True,
+        )
+        self.step += 1
+        self.trained_tokens += tokens
+        self.history.steps.append(
+            {"step": self.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens": tokens}
+        )
+
+    def _dropout_key(self, micro: int) -> mx.array:
+        position = np.random.SeedSequence([self.settings.seed, self.number, self.step, micro])
+        return mx.array(position.generate_state(2))
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise NonFinite(
+            f"The {what} became non-finite at step {self.step + 1} (loss {loss}, gradient norm {norm}).",
+            "Lower training.lr, or keep training.clip_norm at 1.0; nothing was published.",
+            {"step": self.step + 1},
+        )
+
+    # --- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(self, examples: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
+        """Token-mean loss over `examples` without dropout; the value is appended to `out`."""
+        total, count = 0.0, 0
+        for batch in batches_once(
+            examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length
+        ):
+            self.tree.module.eval()
+            self.tree.tape.start(mx.random.key(0))
+            try:
+                loss, tokens = self._loss(self.tree.module, *batch)
+            finally:
+                self.tree.module.train()
+                self.tree.tape.active = False
+            outputs, self.tree.tape.outputs = self.tree.tape.outputs, []
+            for i in range(len(outputs)):
+                piece, outputs[i] = Piece([outputs[i]]), mx.array(0)
+                yield piece
+            yield Piece([loss], barrier=True)
+            weight = int(tokens)
+            total, count = total + loss.item() * weight, count + weight
+        out.append(total / count)
+
+    def evaluate_all(self, out: list[float]) -> Iterator[Piece]:
+        """`evaluate` over the whole batch."""
+        yield from self.evaluate(self.examples, out)
+
+    def _evaluate_sample(self) -> Iterator[Piece]:
+        """At most as many rows as one optimizer step trains: evaluation never costs over a third of it."""
+        rows = self.args.batch_size * self.args.grad_accumulation_steps
+        value: list[float] = []
+        yield from self.evaluate(self.examples[:rows], value)
+        self.history.evals.append({"step": self.step, "loss": value[0]})
+
+
+def fit_to_data(settings: TrainingSection, examples: int) -> TrainingArgs:
+    """mlx-lm's `TrainingArgs`, cut down for a batch with fewer examples than one optimizer step takes.
+
+    Repeating rows within one step would cost time and change nothing: the mean gradient is the same.
+    """
+    batch_size = min(settings.batch_size, examples)
+    accumulate = min(settings.grad_accum, math.ceil(examples / batch_size))
+    return TrainingArgs(
+        batch_size=batch_size,
+        iters=settings.max_steps * accumulate,
+        grad_accumulation_steps=accumulate,
+        max_seq_length=settings.max_seq_length,
+        grad_checkpoint=settings.grad_checkpoint,
+        val_batches=0,
+        steps_per_report=accumulate,
+        steps_per_save=settings.max_steps * accumulate + 1,
+    )

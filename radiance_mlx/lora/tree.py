@@ -1,0 +1,149 @@
+"""The training tree: a twin of the base that shares its arrays, with mlx-lm's LoRA layers in place.
+
+`TapedLoRALinear` is mlx-lm's `LoRALinear` that also notes its output on the tree's `Tape` (where a step may
+be cut) and draws its dropout from a key of its own, so that the mask depends on nothing but the step: not on
+decoding in between, nor on a layer that is computed twice under gradient checkpointing.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from ..errors import ModelError
+from .bank import AdapterWeights
+from .targets import Targets
+
+
+class Tape:
+    """Where one forward pass notes its cut points, and the dropout key of the micro-batch."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.record_linears = True
+        self.outputs: list[mx.array] = []
+        self.order: list[str] = []
+        self.key: mx.array = mx.random.key(0)
+
+    def start(self, key: mx.array) -> None:
+        """Begin a forward pass."""
+        self.outputs, self.order, self.key, self.active = [], [], key, True
+
+    def note(self, path: str, output: mx.array) -> None:
+        """Remember an output, in call order."""
+        if self.active and self.record_linears:
+            self.outputs.append(output)
+            self.order.append(path)
+
+
+class TapedLoRALinear(LoRALinear):
+    """See the module's docstring; `_tape`, `_path`, `_index` and `_rate` are set by `make_tree`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.linear(x)
+        z = (self._dropped(x) @ self.lora_a) @ self.lora_b
+        out = y + (self.scale * z).astype(x.dtype)
+        self._tape.note(self._path, out)
+        return out
+
+    def _dropped(self, x: mx.array) -> mx.array:
+        if not self.training or self._rate == 0.0:
+            return x
+        key = mx.random.split(self._tape.key, self._count)[self._index]
+        keep = mx.random.bernoulli(1.0 - self._rate, x.shape, key=key)
+        return x * keep.astype(x.dtype) * (1.0 / (1.0 - self._rate))
+
+
+class TrainingTree:
+    """One batch's module tree. `module` is what mlx-lm's losses and trainer take."""
+
+    def __init__(self, module: nn.Module, tape: Tape, targets: Targets) -> None:
+        self.module = module
+        self.tape = tape
+        self.targets = targets
+
+    def adapter(self) -> AdapterWeights:
+        """The live weights (not copied: arrays never change in place)."""
+        modules = dict(self.module.named_modules())
+        pairs = {path: (modules[path].lora_a, modules[path].lora_b) for path in self.targets.paths}
+        return AdapterWeights(pairs, modules[self.targets.paths[0]].scale)
+
+    def parameters(self) -> dict[str, mx.array]:
+        """Flat trainable parameters, under mlx-lm's adapter names."""
+        return dict(tree_flatten(self.module.trainable_parameters()))
+
+    def load(self, weights: Mapping[str, mx.array]) -> None:
+        """Take over an adapter's flat parameters. Raises `ModelError` unless names and shapes are the tree's."""
+        mine = self.parameters()
+        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in weights.items()}:
+            raise ModelError("The adapter's tensors are not those of this LoRA configuration.")
+        self.module.load_weights([(k, v.astype(mine[k].dtype)) for k, v in weights.items()], strict=False)
+
+
+def make_tree(
+    base: nn.Module,
+    targets: Targets,
+    *,
+    rank: int,
+    scale: float,
+    dropout: float,
+    seed: int,
+    grad_checkpoint: bool = False,
+    plain: bool = False,
+) -> TrainingTree:
+    """A training tree on `base`'s arrays; `a` is drawn from `seed`, `b` is zero.
+
+    With `plain`, mlx-lm's own layers are left as they are (its trainer compiles them).
+    Raises `ModelError` if mlx-lm adapted other modules than `targets` names.
+    """
+    module = copy.deepcopy(base)
+    module.freeze()
+    mx.random.seed(seed)
+    parameters: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout, "keys": set(targets.keys)}
+    linear_to_lora_layers(module, targets.num_layers, parameters)
+    adapted = [(path, m) for path, m in module.named_modules() if isinstance(m, LoRALinear)]
+    if {path for path, _ in adapted} != set(targets.paths):
+        raise ModelError("mlx-lm adapted other modules than were asked for.", details=sorted(targets.paths))
+    tape = Tape()
+    if not plain:
+        for index, (path, linear) in enumerate(adapted):
+            linear.__class__ = TapedLoRALinear
+            linear._tape, linear._path, linear._rate = tape, path, dropout
+            linear._index, linear._count = index, len(adapted)
+        if grad_checkpoint:
+            _checkpoint_layers(module, tape)
+    module.train()
+    mx.eval(module.trainable_parameters())
+    return TrainingTree(module, tape, targets)
+
+
+def _checkpoint_layers(module: nn.Module, tape: Tape) -> None:
+    """Recompute each layer in the backward pass.
+
+    mlx-lm's `grad_checkpoint` patches the class, which the serving tree shares, and nests at each call; here
+    the instances get a class of their own. The tape notes layers instead of linears: what is inside a
+    checkpointed function exists twice.
+    """
+    tape.record_linears = False
+    for index, layer in enumerate(module.layers):
+        layer.__class__ = _checkpointed(type(layer), tape, index)
+
+
+def _checkpointed(kind: type, tape: Tape, index: int) -> type:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            self.update(parameters)
+            return kind.__call__(self, *args, **kwargs)
+
+        out = mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
+        if tape.active:
+            tape.outputs.append(out[0] if isinstance(out, tuple) else out)
+            tape.order.append(str(index))
+        return out
+
+    return type(kind.__name__, (kind,), {"__call__": call})

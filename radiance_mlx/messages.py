@@ -1,0 +1,169 @@
+"""Plain frozen values that cross threads: what the asyncio side and the engine say to each other.
+
+Nothing here holds an MLX array, an open file or a lock. Times are seconds since the epoch (`time.time`)
+unless a field says otherwise.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+BASE = "base"
+STABLE = "stable"
+
+JobState = Literal[
+    "review",
+    "queued",
+    "paused",
+    "training",
+    "evaluating",
+    "published",
+    "rejected",
+    "failed",
+    "cancelled",
+    "quarantined",
+]
+FINAL_STATES: frozenset[str] = frozenset({"published", "rejected", "failed", "cancelled", "quarantined"})
+CheckpointStatus = Literal["candidate", "stable", "risky", "rolled_back"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training pair. Either `messages` (chat, the last one the answer) or `text` (plain continuation)."""
+
+    messages: tuple[tuple[str, str], ...] = ()  # (role, content)
+    text: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`."""
+        if not self.messages:
+            return {"text": self.text}
+        if [role for role, _ in self.messages] == ["user", "assistant"]:
+            return {"prompt": self.messages[0][1], "completion": self.messages[1][1]}
+        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> "Example":
+        """The inverse of `as_dict`."""
+        if "text" in row:
+            return cls(text=row["text"])
+        if "prompt" in row:
+            return cls(messages=(("user", row["prompt"]), ("assistant", row["completion"])))
+        return cls(messages=tuple((m["role"], m["content"]) for m in row["messages"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn. `temperature` 0 is greedy; `seed` None draws one."""
+
+    max_tokens: int = 256
+    temperature: float = 0.2
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """One question to the engine: chat `messages` as (role, content), answered by `checkpoint`.
+
+    `checkpoint` is an id or "base"; with `training` the live weights answer while a batch trains, and
+    `checkpoint` otherwise.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    checkpoint: str = BASE
+    checkpoint_status: str = BASE
+    sampling: Sampling = field(default_factory=Sampling)
+    training: bool = False
+    stream: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of a streamed answer; `reasoning` pieces come apart from the answer's `text`."""
+
+    text: str = ""
+    reasoning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer."""
+
+    text: str
+    reasoning: str
+    checkpoint: str
+    checkpoint_status: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """What the engine is to train: the jobs' examples, where to start, which checkpoint it becomes."""
+
+    checkpoint: str
+    parent: str | None
+    jobs: tuple[str, ...]
+    examples: tuple[Example, ...]
+    data_hash: str
+    number: int  # of the batch in the lineage; part of the data order's seed
+    lineage: Literal["continue", "fresh"] = "continue"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a batch in training stands; `eta_s` is the estimated rest in seconds."""
+
+    step: int
+    max_steps: int
+    loss: float | None
+    tokens_per_s: float
+    eta_s: float | None
+    phase: Literal["training", "evaluating"] = "training"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "max_steps": self.max_steps,
+            "loss": self.loss,
+            "tokens_per_s": self.tokens_per_s,
+            "eta_s": self.eta_s,
+            "phase": self.phase,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A trained adapter, written to the unfinished folder `written` and not yet a checkpoint.
+
+    `metrics` is what `metrics/<checkpoint>.json` holds; `notes` are remarks for the job and the checkpoint.
+    """
+
+    checkpoint: str
+    parent: str | None
+    written: str
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+    data_hash: str
+    jobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the engine says once the base is loaded."""
+
+    base_model: str
+    base_hash: str
+    backend: str
+    device: str
+    memory_bytes: int
+    context: int
+    vocab_size: int
+    targets: tuple[str, ...]
+    chat_template: bool
+    warnings: tuple[str, ...]
+    seconds: float

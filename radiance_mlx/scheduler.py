@@ -1,0 +1,269 @@
+"""Jobs → batches → engine → checkpoint → published. One asyncio task; one batch at a time.
+
+Every state a job can be in is on disk before the step that follows it, so a restart finds what was under way
+and goes on: a finished folder is published, an interrupted training is taken up again, three times at most.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from .config import Config
+from .engine.thread import EngineThread
+from .errors import Cancelled, Conflict, NotReady, RadianceError, TrainingFailed
+from .lineage import Lineage, number_of
+from .messages import FINAL_STATES, Example, Progress, TrainBatch
+from .storage import StoreThread
+from .store import CheckpointRecord, JobRecord
+from .triggers import decide
+
+log = structlog.get_logger(__name__)
+MAX_ATTEMPTS = 3
+PERSIST_S = 1.0
+
+
+@dataclass
+class Running:
+    """The batch that is under way."""
+
+    checkpoint: str
+    jobs: tuple[str, ...]
+    progress: Progress | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled_jobs: set[str] = field(default_factory=set)
+    persisted_at: float = 0.0
+    evaluating: bool = False
+
+
+class Scheduler:
+    """`run` is its task; the other methods are called by the service."""
+
+    def __init__(
+        self,
+        config: Config,
+        home: Path,
+        store: StoreThread,
+        engine: EngineThread,
+        lineage: Lineage,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config, self._home, self._clock = config, home, clock
+        self._store, self._engine, self._lineage = store, engine, lineage
+        self._wake = asyncio.Event()
+        self._alone: set[str] = set()
+        self._writes: set[asyncio.Task[None]] = set()
+        self.running: Running | None = None
+
+    def wake(self) -> None:
+        """Something may have changed: a new job, a cancelled one."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Take up what was interrupted, then train batch after batch. Ends when the engine does."""
+        with contextlib.suppress(NotReady):
+            await self._recover()
+            while True:
+                self._wake.clear()
+                queued = await self._store(lambda s: s.queued())
+                decision = decide(
+                    queued,
+                    self._config.update_mode,
+                    max_examples=self._config.batch.max_examples,
+                    max_age_s=self._config.batch.max_age_minutes * 60,
+                    now=self._clock(),
+                    alone=self._alone,
+                )
+                if decision.jobs:
+                    await self._begin(decision.jobs)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), decision.wait_s)
+
+    # --- after a restart -------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        for checkpoint, jobs in await self._store(lambda s: s.interrupted()):
+            ids = tuple(job.job_id for job in jobs)
+            examples = await self._examples(ids)
+            record = self._lineage.finished_folder(checkpoint, data_hash(examples))
+            if record is not None and record.parent == self._lineage.stable:
+                log.info("publishing what was finished before the restart", checkpoint=checkpoint)
+                await self._store_publish(record)
+                continue
+            await self._take_up(checkpoint, jobs)
+
+    async def _take_up(self, checkpoint: str, jobs: Sequence[JobRecord]) -> None:
+        ids = [job.job_id for job in jobs]
+        worn_out = [job.job_id for job in jobs if job.attempts >= MAX_ATTEMPTS]
+        if worn_out:
+            error = TrainingFailed(
+                f"The process ended {MAX_ATTEMPTS} times while this job trained.",
+                "See the service's log for the cause; post the examples again to retry.",
+            )
+            await self._store(lambda s: s.set_state(worn_out, "quarantined", error=error.as_dict()))
+            log.error("quarantined", jobs=worn_out)
+        rest = [job for job in jobs if job.job_id not in worn_out]
+        if not rest:
+            self._forget_state(checkpoint)
+            return
+        left = [job.job_id for job in rest]
+        alone = len(ids) > 1 and max(job.attempts for job in rest) >= MAX_ATTEMPTS - 1
+        if worn_out or alone:
+            # one of them may be what ends the process: the others must not go down with it again
+            await self._store(lambda s: s.requeue(left))
+            self._alone.update(left)
+            self._forget_state(checkpoint)
+            return
+        await self._store(lambda s: s.retry_batch(checkpoint, left))
+        await self._train(checkpoint, tuple(left))
+
+    # --- one batch -------------------------------------------------------------------------------
+
+    async def _begin(self, jobs: tuple[str, ...]) -> None:
+        try:
+            checkpoint = await self._store(lambda s: s.start_batch(jobs, self._lineage.base_hash))
+        except Conflict:  # one was cancelled between looking and starting
+            return
+        await self._train(checkpoint, jobs)
+
+    async def _train(self, checkpoint: str, jobs: tuple[str, ...]) -> None:
+        examples = await self._examples(jobs)
+        self.running = running = Running(checkpoint, jobs)
+        batch = TrainBatch(
+            checkpoint=checkpoint,
+            parent=self._lineage.stable,
+            jobs=jobs,
+            examples=examples,
+            data_hash=data_hash(examples),
+            number=number_of(checkpoint),
+            lineage=self._config.lineage,
+        )
+        log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(examples))
+        try:
+            result = await self._engine.train(batch, self._report, running.cancelled)
+            record = await self._lineage.commit(result)
+            if running.cancelled.is_set():
+                raise Cancelled("The job was cancelled.")
+            if result.notes:
+                await self._store(lambda s: s.add_notes(jobs, result.notes))
+            await self._store_publish(record)
+        except Cancelled:
+            await self._after_cancel(running)
+        except NotReady:
+            await asyncio.shield(self._store(lambda s: s.pause_batch(jobs)))
+            raise
+        except Exception as error:
+            await self._after_failure(running, error)
+        finally:
+            await self._settle_writes()
+            self.running = None
+
+    async def _store_publish(self, record: CheckpointRecord) -> None:
+        await self._lineage.publish(record)
+        self._alone -= set(record.jobs)
+        self._forget_state(record.checkpoint)
+
+    async def _after_cancel(self, running: Running) -> None:
+        gone = [job for job in running.jobs if job in running.cancelled_jobs]
+        rest = [job for job in running.jobs if job not in running.cancelled_jobs]
+        if gone:
+            await self._store(lambda s: s.set_state(gone, "cancelled"))
+        if rest:
+            await self._store(lambda s: s.requeue(rest, count_attempt=False))
+        self._drop(running.checkpoint)
+
+    async def _after_failure(self, running: Running, error: Exception) -> None:
+        if not isinstance(error, RadianceError):
+            log.exception("a batch failed", checkpoint=running.checkpoint)
+            error = TrainingFailed(f"The batch failed: {type(error).__name__}: {error}", "See the log.")
+        self._drop(running.checkpoint)
+        if len(running.jobs) > 1:
+            log.warning("a batch failed; its jobs are tried one by one", error=error.message)
+            await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
+            self._alone.update(running.jobs)
+            return
+        document = error.as_dict()
+        log.error("job failed", jobs=list(running.jobs), error=error.message)
+        await self._store(lambda s: s.set_state(running.jobs, "failed", error=document))
+        data = {"jobs": list(running.jobs), "checkpoint": running.checkpoint, "error": document}
+        await self._store(lambda s: s.event("failed", data))
+        self._alone -= set(running.jobs)
+
+    def _drop(self, checkpoint: str) -> None:
+        """Nothing of a batch that is given up stays: it may have been committed, but never recorded."""
+        self._forget_state(checkpoint)
+        shutil.rmtree(self._lineage.folder(checkpoint), ignore_errors=True)
+        (self._home / "metrics" / f"{checkpoint}.json").unlink(missing_ok=True)
+
+    def _forget_state(self, checkpoint: str) -> None:
+        shutil.rmtree(self._home / "state" / "training" / checkpoint, ignore_errors=True)
+
+    async def _examples(self, jobs: Sequence[str]) -> tuple[Example, ...]:
+        rows = await self._store(lambda s: s.examples_of(jobs))
+        return tuple(example for _, example in rows)
+
+    # --- progress --------------------------------------------------------------------------------
+
+    def _report(self, progress: Progress) -> None:
+        """Called on the loop after each optimizer step; the database hears of it once a second."""
+        running = self.running
+        if running is None:
+            return
+        running.progress = progress
+        now = time.monotonic()
+        entered = progress.phase == "evaluating" and not running.evaluating
+        if entered:
+            running.evaluating = True
+        if entered or now - running.persisted_at >= PERSIST_S:
+            running.persisted_at = now
+            write = asyncio.ensure_future(self._persist(running, progress, entered))
+            self._writes.add(write)
+            write.add_done_callback(self._writes.discard)
+
+    async def _persist(self, running: Running, progress: Progress, entered: bool) -> None:
+        data = progress.as_dict()
+        with contextlib.suppress(RadianceError):
+            if entered:
+                await self._store(lambda s: s.set_state(running.jobs, "evaluating"))
+            await self._store(lambda s: s.save_progress(running.jobs, data))
+            event = {"checkpoint": running.checkpoint, "jobs": list(running.jobs), **data}
+            await self._store(lambda s: s.event("progress", event))
+
+    async def _settle_writes(self) -> None:
+        if self._writes:
+            await asyncio.gather(*self._writes, return_exceptions=True)
+
+    # --- called by the service -------------------------------------------------------------------
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a job in any state before publication. Raises `NotFound` or `Conflict`."""
+        job = await self._store(lambda s: s.cancel(job_id))
+        running = self.running
+        if running is not None and job_id in running.jobs and job.state not in FINAL_STATES:
+            running.cancelled_jobs.add(job_id)
+            running.cancelled.set()
+        self.wake()
+        return job
+
+    def restart_batch(self) -> None:
+        """The stable checkpoint has moved: what trains on the old one begins again from the new."""
+        if self.running is not None:
+            self.running.cancelled.set()
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """sha256 over the examples in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example.as_dict(), sort_keys=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""Rows of checkpoints, their lineage, and the stable pointer of each base model.
+
+Each function works inside a transaction that its caller holds.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from ..errors import CheckpointDamaged, Conflict, NotFound
+from .database import to_json
+
+#: with which status a checkpoint may come to the lineage, and with which it may only be recorded
+STATUS_OF_JOB_STATE = {"published": ("stable", "risky"), "rejected": ("candidate", "risky", "rolled_back")}
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """One adapter that was made whole: where it came from, what it is, what became of it."""
+
+    checkpoint: str
+    number: int
+    base_hash: str
+    parent: str | None  # None: trained from the base
+    status: str  # candidate, stable, risky, rolled_back
+    created: float
+    jobs: tuple[str, ...]
+    data_hash: str
+    files: dict[str, str]  # name → sha256
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    damaged: str | None = None  # what is wrong with its files
+    pruned: bool = False  # its folder was removed to save room
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON data."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {"jobs": list(self.jobs), "notes": list(self.notes)}
+
+
+def reserve(db: sqlite3.Connection, base_hash: str, now: float) -> str:
+    """The next checkpoint id of this home; once given, it is not given again."""
+    number = db.execute(
+        """SELECT max(coalesce((SELECT max(number) FROM reservations), 0),
+                      coalesce((SELECT max(number) FROM checkpoints), 0)) + 1"""
+    ).fetchone()[0]
+    checkpoint = f"A_{datetime.fromtimestamp(now, UTC):%Y-%m-%d}_{number:04d}"
+    db.execute("INSERT INTO reservations VALUES (?, ?, ?, ?)", (number, checkpoint, base_hash, now))
+    return checkpoint
+
+
+def insert(db: sqlite3.Connection, record: CheckpointRecord) -> None:
+    """Raises `Conflict` when its id or number is taken, or its parent is not of the same base."""
+    taken = db.execute(
+        "SELECT 1 FROM checkpoints WHERE checkpoint = ? OR number = ?", (record.checkpoint, record.number)
+    ).fetchone()
+    if taken:
+        raise Conflict(f"{record.checkpoint} is published already.", "A checkpoint is published once.")
+    if record.parent is not None and one(db, record.parent).base_hash != record.base_hash:
+        raise Conflict(f"The parent {record.parent} of {record.checkpoint} belongs to another base model.")
+    values = record.as_dict()
+    for name in ("jobs", "files", "metrics", "config", "notes"):
+        values[name] = to_json(values[name])
+    db.execute(
+        f"INSERT INTO checkpoints ({', '.join(values)}) VALUES ({', '.join(f':{name}' for name in values)})",
+        values,
+    )
+
+
+def one(db: sqlite3.Connection, checkpoint: str) -> CheckpointRecord:
+    row = db.execute("SELECT * FROM checkpoints WHERE checkpoint = ?", (checkpoint,)).fetchone()
+    if row is None:
+        raise NotFound(f"There is no checkpoint {checkpoint}.", "List the checkpoints to see their ids.")
+    return _record(row)
+
+
+def oldest_first(db: sqlite3.Connection, base_hash: str | None) -> list[CheckpointRecord]:
+    if base_hash is None:
+        rows = db.execute("SELECT * FROM checkpoints ORDER BY number")
+    else:
+        rows = db.execute("SELECT * FROM checkpoints WHERE base_hash = ? ORDER BY number", (base_hash,))
+    return [_record(row) for row in rows]
+
+
+def lineage(db: sqlite3.Connection, base_hash: str, checkpoint: str | None) -> list[CheckpointRecord]:
+    if checkpoint is None:
+        return []
+    if one(db, checkpoint).base_hash != base_hash:
+        raise Conflict(f"{checkpoint} belongs to another base model.", "Each base model has its own lineage.")
+    rows = db.execute(
+        """WITH RECURSIVE chain (id, depth) AS (
+               VALUES (?, 0)
+               UNION ALL
+               SELECT parent, depth + 1 FROM checkpoints JOIN chain ON checkpoint = id
+               WHERE parent IS NOT NULL
+           )
+           SELECT checkpoints.* FROM chain JOIN checkpoints ON checkpoint = id ORDER BY depth""",
+        (checkpoint,),
+    )
+    return [_record(row) for row in rows]
+
+
+def stable(db: sqlite3.Connection, base_hash: str) -> str | None:
+    row = db.execute("SELECT checkpoint FROM stable WHERE base_hash = ?", (base_hash,)).fetchone()
+    return None if row is None else str(row["checkpoint"])
+
+
+def point(db: sqlite3.Connection, base_hash: str, checkpoint: str | None) -> None:
+    """Set the stable pointer; None is the base itself."""
+    if checkpoint is None:
+        db.execute("DELETE FROM stable WHERE base_hash = ?", (base_hash,))
+    else:
+        db.execute(
+            """INSERT INTO stable VALUES (?, ?)
+               ON CONFLICT (base_hash) DO UPDATE SET checkpoint = excluded.checkpoint""",
+            (base_hash, checkpoint),
+        )
+
+
+def require_usable(db: sqlite3.Connection, base_hash: str, checkpoint: str) -> CheckpointRecord:
+    """The checkpoint, if the pointer of `base_hash` may move to it."""
+    record = one(db, checkpoint)
+    if record.base_hash != base_hash:
+        raise Conflict(f"{checkpoint} belongs to another base model.", "Choose one of this base's lineage.")
+    if record.pruned:
+        raise Conflict(
+            f"The files of {checkpoint} were removed to save room.",
+            "Choose a newer checkpoint; storage.keep_checkpoints says how many are kept.",
+        )
+    if record.damaged is not None:
+        raise CheckpointDamaged(f"{checkpoint} is damaged: {record.damaged}.", "Choose another checkpoint.")
+    return record
+
+
+def move(db: sqlite3.Connection, base_hash: str, target: str | None) -> tuple[str | None, list[str]]:
+    """Move the pointer and mark what it leaves; the old place, and the ids left behind, newest first."""
+    old = stable(db, base_hash)
+    if target is not None and require_usable(db, base_hash, target).status != "risky":
+        set_status(db, [target], "stable")
+    left = _left_behind(db, base_hash, old, target)
+    set_status(db, left, "rolled_back")
+    point(db, base_hash, target)
+    return old, left
+
+
+def set_status(db: sqlite3.Connection, checkpoints: Iterable[str], status: str) -> None:
+    db.executemany(
+        "UPDATE checkpoints SET status = ? WHERE checkpoint = ?",
+        [(status, checkpoint) for checkpoint in checkpoints],
+    )
+
+
+def mark_damaged(db: sqlite3.Connection, checkpoint: str, why: str) -> None:
+    one(db, checkpoint)
+    db.execute("UPDATE checkpoints SET damaged = ? WHERE checkpoint = ?", (why, checkpoint))
+
+
+def mark_pruned(db: sqlite3.Connection, checkpoints: Iterable[str]) -> None:
+    for record in [one(db, checkpoint) for checkpoint in checkpoints]:
+        if stable(db, record.base_hash) == record.checkpoint:
+            raise Conflict(f"{record.checkpoint} is the stable checkpoint of its base and must be kept.")
+        db.execute("UPDATE checkpoints SET pruned = 1 WHERE checkpoint = ?", (record.checkpoint,))
+
+
+def _left_behind(db: sqlite3.Connection, base_hash: str, old: str | None, target: str | None) -> list[str]:
+    ancestors = [record.checkpoint for record in lineage(db, base_hash, old)]
+    if target is None:
+        return ancestors
+    if target in ancestors:
+        return ancestors[: ancestors.index(target)]
+    if old in [record.checkpoint for record in lineage(db, base_hash, target)]:
+        return []  # a way forward again: the old place is part of the new one
+    return ancestors[:1]
+
+
+def _record(row: sqlite3.Row) -> CheckpointRecord:
+    values = dict(row)
+    for name in ("files", "metrics", "config"):
+        values[name] = json.loads(row[name])
+    for name in ("jobs", "notes"):
+        values[name] = tuple(json.loads(row[name]))
+    values["pruned"] = bool(row["pruned"])
+    return CheckpointRecord(**values)

@@ -1,0 +1,35 @@
+"""The journal of what happened, in order, and a few values that are remembered by name."""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+from .database import to_json
+
+
+def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: float) -> int:
+    cursor = db.execute(
+        "INSERT INTO events (at, kind, data) VALUES (?, ?, ?)", (now, kind, to_json(dict(data)))
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:
+    rows = db.execute("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", (number, limit))
+    return [
+        {"id": row["id"], "at": row["at"], "kind": row["kind"], "data": json.loads(row["data"])}
+        for row in rows
+    ]
+
+
+def get(db: sqlite3.Connection, key: str) -> str | None:
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return None if row is None else str(row["value"])
+
+
+def put(db: sqlite3.Connection, key: str, value: str) -> None:
+    db.execute(
+        "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
+    )

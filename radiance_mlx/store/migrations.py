@@ -1,0 +1,122 @@
+"""The tables, as named steps from an empty database to the present one.
+
+A step that was ever released is not changed any more: another one is added after it.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from ..errors import StoreError
+
+Migration = Callable[[sqlite3.Connection], None]
+
+
+def migrate(
+    write: Callable[[], AbstractContextManager[sqlite3.Connection]],
+    clock: Callable[[], float],
+    migrations: tuple[Migration, ...],
+) -> None:
+    """Run the steps that this database has not seen, each in one transaction with its record.
+
+    Raises `StoreError`, and changes nothing, when the database has seen a step that is not known here.
+    """
+    with write() as db:
+        db.execute("CREATE TABLE IF NOT EXISTS migrations (name TEXT PRIMARY KEY, at REAL NOT NULL)")
+        done = {row["name"] for row in db.execute("SELECT name FROM migrations")}
+        unknown = sorted(done - {step.__name__ for step in migrations})
+        if unknown:
+            raise StoreError(
+                f"The database was made by a newer radiance_mlx: it has {', '.join(unknown)}.",
+                "Upgrade radiance_mlx, or choose another home with --home.",
+                unknown,
+            )
+    for step in migrations:
+        if step.__name__ not in done:
+            with write() as db:
+                step(db)
+                db.execute("INSERT INTO migrations VALUES (?, ?)", (step.__name__, clock()))
+
+
+def create_jobs(db: sqlite3.Connection) -> None:
+    db.execute(
+        """CREATE TABLE jobs (
+            number INTEGER PRIMARY KEY,
+            job_id TEXT NOT NULL UNIQUE,
+            state TEXT NOT NULL,
+            created REAL NOT NULL,
+            updated REAL NOT NULL,
+            tags TEXT NOT NULL,
+            example_count INTEGER NOT NULL,
+            attempts INTEGER NOT NULL DEFAULT 0,
+            checkpoint TEXT,
+            error TEXT,
+            notes TEXT NOT NULL DEFAULT '[]',
+            progress TEXT,
+            idempotency_key TEXT UNIQUE,
+            body_hash TEXT NOT NULL
+        )"""
+    )
+    db.execute("CREATE INDEX jobs_by_state ON jobs (state, number)")
+    db.execute(
+        """CREATE TABLE examples (
+            job INTEGER NOT NULL REFERENCES jobs (number),
+            position INTEGER NOT NULL,
+            body TEXT NOT NULL,
+            PRIMARY KEY (job, position)
+        )"""
+    )
+
+
+def create_checkpoints(db: sqlite3.Connection) -> None:
+    db.execute(
+        """CREATE TABLE reservations (
+            number INTEGER PRIMARY KEY,
+            checkpoint TEXT NOT NULL UNIQUE,
+            base_hash TEXT NOT NULL,
+            at REAL NOT NULL
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE checkpoints (
+            checkpoint TEXT PRIMARY KEY,
+            number INTEGER NOT NULL UNIQUE,
+            base_hash TEXT NOT NULL,
+            parent TEXT REFERENCES checkpoints (checkpoint),
+            status TEXT NOT NULL,
+            created REAL NOT NULL,
+            jobs TEXT NOT NULL,
+            data_hash TEXT NOT NULL,
+            files TEXT NOT NULL,
+            metrics TEXT NOT NULL,
+            config TEXT NOT NULL,
+            notes TEXT NOT NULL,
+            damaged TEXT,
+            pruned INTEGER NOT NULL DEFAULT 0
+        )"""
+    )
+    db.execute("CREATE INDEX checkpoints_by_base ON checkpoints (base_hash, number)")
+    db.execute(
+        """CREATE TABLE stable (
+            base_hash TEXT PRIMARY KEY,
+            checkpoint TEXT NOT NULL REFERENCES checkpoints (checkpoint)
+        )"""
+    )
+
+
+def create_events(db: sqlite3.Connection) -> None:
+    db.execute(
+        """CREATE TABLE events (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            at REAL NOT NULL,
+            kind TEXT NOT NULL,
+            data TEXT NOT NULL
+        )"""
+    )
+
+
+def create_meta(db: sqlite3.Connection) -> None:
+    db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+
+
+MIGRATIONS: tuple[Migration, ...] = (create_jobs, create_checkpoints, create_events, create_meta)

@@ -1,0 +1,265 @@
+"""The store as others see it: each method is one short transaction."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import StoreError
+from ..messages import Example
+from . import acceptance, checkpoints, jobs, journal
+from .checkpoints import CheckpointRecord
+from .database import Database
+from .files import sync_folder
+from .jobs import JobRecord
+
+
+class Store:
+    """Jobs, examples, checkpoints and events of one home.
+
+    Used from one thread at a time. What a method has returned from is on disk; a method that raises has
+    changed nothing. `StoreError` means that the disk or the database file is at fault.
+    """
+
+    def __init__(self, home: Path, clock: Callable[[], float] = time.time) -> None:
+        """Open the store, made if need be. Raises `StoreError`, for one when a newer version made it."""
+        self._clock = clock
+        self._data = home / "data"
+        state = home / "state"
+        try:
+            for folder in (state, self._data / "raw", self._data / "curated"):
+                folder.mkdir(parents=True, exist_ok=True)
+            for folder in (home, self._data):
+                sync_folder(folder)
+        except OSError as error:
+            raise StoreError(
+                f"The home {home} cannot be used: {error}.",
+                "It must be a folder in which this user may write.",
+            ) from error
+        self._database = Database(state / "radiance.db", clock)
+
+    def close(self) -> None:
+        """May be called more than once."""
+        self._database.close()
+
+    # jobs
+
+    def accept(
+        self,
+        examples: Sequence[Example],
+        tags: Sequence[str],
+        *,
+        raw: bytes,
+        curated: Mapping[str, bytes],
+        idempotency_key: str | None = None,
+        body_hash: str,
+        state: Literal["queued", "review"] = "queued",
+    ) -> tuple[JobRecord, bool]:
+        """Make a job of an update; True when it is new.
+
+        `data/raw/<job_id>.json` and the files of `data/curated/<job_id>/` are on disk before the job is. A
+        key that is known makes no second job: the first comes back as it now stands, or
+        `IdempotencyMismatch` is raised when its body was another.
+        """
+        with self._database.write() as db:
+            known = acceptance.known(db, idempotency_key, body_hash)
+            if known is not None:
+                return known, False
+            job = acceptance.new_job(db, examples, tags, state, idempotency_key, body_hash, self._clock())
+            acceptance.write_files(self._data, job.job_id, raw, curated)
+        return job, True
+
+    def job(self, job_id: str) -> JobRecord:
+        """Raises `NotFound`."""
+        with self._database.read() as db:
+            return jobs.one(db, job_id)
+
+    def jobs(
+        self, *, state: str | None = None, limit: int = 100, before: int | None = None
+    ) -> list[JobRecord]:
+        """Newest first; `before` is the number of the last job of the page before."""
+        with self._database.read() as db:
+            return jobs.newest(db, state, limit, before)
+
+    def count_jobs(self) -> dict[str, int]:
+        """How many jobs are in each state; states without jobs are there with 0."""
+        with self._database.read() as db:
+            return jobs.count(db)
+
+    def queued(self) -> list[JobRecord]:
+        """The jobs that wait to be trained, oldest first."""
+        with self._database.read() as db:
+            return jobs.in_states(db, ["queued"])
+
+    def oldest_queued_at(self) -> float | None:
+        """When the oldest job that is queued was accepted."""
+        with self._database.read() as db:
+            return jobs.oldest_queued_at(db)
+
+    def examples_of(self, job_ids: Iterable[str]) -> list[tuple[str, Example]]:
+        """(job id, example) in the order in which they were accepted; unknown ids add nothing."""
+        with self._database.read() as db:
+            return jobs.examples(db, job_ids)
+
+    def set_state(
+        self,
+        job_ids: Sequence[str],
+        state: str,
+        *,
+        error: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Move all the jobs, or raise `Conflict` when one may not go there (`jobs.TRANSITIONS`).
+
+        Notes are added to those there are. Training, published and the way back to the queue have methods
+        of their own: `start_batch`, `publish`, `requeue`.
+        """
+        with self._database.write() as db:
+            jobs.set_state(db, job_ids, state, error, notes, self._clock())
+
+    def save_progress(self, job_ids: Sequence[str], progress: Mapping[str, Any]) -> None:
+        """Remember where the training stands; jobs that do not train any more are left alone."""
+        with self._database.write() as db:
+            jobs.save_progress(db, job_ids, progress, self._clock())
+
+    def add_notes(self, job_ids: Sequence[str], notes: Sequence[str]) -> None:
+        with self._database.write() as db:
+            jobs.add_notes(db, job_ids, notes, self._clock())
+
+    def cancel(self, job_id: str) -> JobRecord:
+        """Cancel a job that waits. One that trains comes back as it is: its training must be stopped first.
+
+        Raises `Conflict` for a job that has come to an end.
+        """
+        with self._database.write() as db:
+            return jobs.cancel(db, job_id, self._clock())
+
+    # batches
+
+    def start_batch(self, job_ids: Sequence[str], base_hash: str) -> str:
+        """Move queued jobs to training, one more attempt counted, and return the checkpoint they become.
+
+        The id is never given again, even if the batch fails. Raises `Conflict` when a job is not queued.
+        """
+        if not job_ids:
+            raise ValueError("a batch needs jobs")
+        with self._database.write() as db:
+            jobs.require(jobs.many(db, job_ids), {"queued"}, "cannot start training")
+            now = self._clock()
+            checkpoint = checkpoints.reserve(db, base_hash, now)
+            jobs.start(db, job_ids, checkpoint, now)
+            return checkpoint
+
+    def interrupted(self) -> list[tuple[str, list[JobRecord]]]:
+        """The batches in training or evaluating, as (reserved checkpoint, jobs), oldest first."""
+        with self._database.read() as db:
+            return jobs.interrupted(db)
+
+    def retry_batch(self, checkpoint: str, job_ids: Sequence[str]) -> None:
+        """Count one more attempt for a batch that trains again from its start under the same id."""
+        with self._database.write() as db:
+            jobs.require_batch(jobs.many(db, job_ids), checkpoint, "cannot be trained again")
+            jobs.start(db, job_ids, checkpoint, self._clock())
+
+    def requeue(self, job_ids: Sequence[str], *, count_attempt: bool = True) -> None:
+        """Give up the batch of these jobs: they are queued again, without a checkpoint.
+
+        With `count_attempt` false the attempt is taken back, as after a stop that was asked for.
+        """
+        with self._database.write() as db:
+            jobs.requeue(db, job_ids, count_attempt, self._clock())
+
+    # checkpoints
+
+    def publish(
+        self,
+        record: CheckpointRecord,
+        *,
+        job_state: Literal["published", "rejected"] = "published",
+        events: Sequence[tuple[str, Mapping[str, Any]]],
+    ) -> None:
+        """Record a finished checkpoint, end its jobs, append `events` (kind, data): all or nothing.
+
+        As published (status stable or risky) it becomes the stable one of its base; as rejected (any
+        other status, or risky) the pointer stays. Raises `Conflict` when the id was published before or a
+        job does not train for it.
+        """
+        if record.status not in checkpoints.STATUS_OF_JOB_STATE[job_state]:
+            raise ValueError(f"a checkpoint that is {record.status} has no jobs that are {job_state}")
+        with self._database.write() as db:
+            now = self._clock()
+            checkpoints.insert(db, record)
+            wish = f"{record.checkpoint} cannot be published"
+            jobs.require_batch(jobs.many(db, record.jobs), record.checkpoint, wish)
+            jobs.put_state(db, record.jobs, job_state, now)
+            if job_state == "published":
+                checkpoints.point(db, record.base_hash, record.checkpoint)
+            for kind, data in events:
+                journal.append(db, kind, data, now)
+
+    def checkpoint(self, checkpoint: str) -> CheckpointRecord:
+        """Raises `NotFound`."""
+        with self._database.read() as db:
+            return checkpoints.one(db, checkpoint)
+
+    def checkpoints(self, base_hash: str | None = None) -> list[CheckpointRecord]:
+        """Oldest first; of every base when none is named."""
+        with self._database.read() as db:
+            return checkpoints.oldest_first(db, base_hash)
+
+    def stable(self, base_hash: str) -> str | None:
+        """The checkpoint that answers by default; None is the base itself."""
+        with self._database.read() as db:
+            return checkpoints.stable(db, base_hash)
+
+    def lineage(self, base_hash: str, checkpoint: str | None) -> list[CheckpointRecord]:
+        """The checkpoint and its ancestors, newest first; none for the base itself."""
+        with self._database.read() as db:
+            return checkpoints.lineage(db, base_hash, checkpoint)
+
+    def move_stable(
+        self, base_hash: str, to: str | None, reason: str, *, kind: str = "rollback"
+    ) -> tuple[str | None, str | None]:
+        """Point the stable pointer at `to` (None: the base); (old, new).
+
+        A target that is not risky becomes stable. What is left behind becomes rolled_back: the old place
+        and its ancestors down to the target; the old place alone when the target is on another branch;
+        nothing when the target descends from it. An event of `kind` tells it. Moving to where the pointer
+        is changes nothing. Raises `NotFound`, `Conflict` (another base's, or pruned), `CheckpointDamaged`.
+        """
+        with self._database.write() as db:
+            old, left = checkpoints.move(db, base_hash, to)
+            if old != to:
+                data = {"base_hash": base_hash, "from": old, "to": to, "reason": reason, "rolled_back": left}
+                journal.append(db, kind, data, self._clock())
+        return old, to
+
+    def mark_damaged(self, checkpoint: str, why: str) -> None:
+        """Its files cannot be trusted any more."""
+        with self._database.write() as db:
+            checkpoints.mark_damaged(db, checkpoint, why)
+
+    def mark_pruned(self, names: Iterable[str]) -> None:
+        """Their folders are about to be removed. Raises `Conflict` when one of them is stable."""
+        with self._database.write() as db:
+            checkpoints.mark_pruned(db, names)
+
+    # events and remembered values
+
+    def event(self, kind: str, data: Mapping[str, Any]) -> int:
+        """Append to the journal; the event's id, which rises."""
+        with self._database.write() as db:
+            return journal.append(db, kind, data, self._clock())
+
+    def events(self, after: int = 0, limit: int = 100) -> list[dict[str, Any]]:
+        """Events (id, at, kind, data) with a greater id than `after`, oldest first."""
+        with self._database.read() as db:
+            return journal.after(db, after, limit)
+
+    def get(self, key: str) -> str | None:
+        with self._database.read() as db:
+            return journal.get(db, key)
+
+    def put(self, key: str, value: str) -> None:
+        with self._database.write() as db:
+            journal.put(db, key, value)

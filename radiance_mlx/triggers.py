@@ -1,0 +1,51 @@
+"""When waiting jobs train, and which together. Pure: jobs and the time in, a decision out."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+
+class Waiting(Protocol):
+    """What is asked of a queued job."""
+
+    @property
+    def job_id(self) -> str: ...
+    @property
+    def created(self) -> float: ...
+    @property
+    def example_count(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`jobs` to train now as one batch, or how many seconds until age alone decides (None: no job waits)."""
+
+    jobs: tuple[str, ...] = ()
+    wait_s: float | None = None
+
+
+def decide(
+    queued: Sequence[Waiting],
+    mode: Literal["immediate", "batched"],
+    *,
+    max_examples: int,
+    max_age_s: float,
+    now: float,
+    alone: Collection[str] = (),
+) -> Decision:
+    """`immediate`: the oldest job by itself. `batched`: all jobs, once examples or age suffice.
+
+    `queued` is oldest first. Jobs in `alone` failed in company: each is a batch of its own, at once.
+    """
+    if not queued:
+        return Decision()
+    by_itself = next((job.job_id for job in queued if job.job_id in alone), None)
+    if by_itself is not None:
+        return Decision((by_itself,))
+    if mode == "immediate":
+        return Decision((queued[0].job_id,))
+    enough = sum(job.example_count for job in queued) >= max_examples
+    age = now - min(job.created for job in queued)
+    if enough or age >= max_age_s:
+        return Decision(tuple(job.job_id for job in queued))
+    return Decision(wait_s=max_age_s - age)

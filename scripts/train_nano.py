@@ -1,0 +1,174 @@
+#!/usr/bin/env python
+"""Train the embedded model `nano` from nothing: tokenizer, weights, and the files that mlx-lm reads.
+
+    .venv/bin/python scripts/train_nano.py --out radiance_mlx/models/nano
+
+Muon for the matrices and AdamW for the embedding, rows of 128 tokens packed with documents of the world
+(`radiance_mlx/models/nano/world.py`). About half an hour on one CPU core.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import itertools
+import json
+import random
+import time
+from pathlib import Path
+
+with contextlib.suppress(OSError):  # before mlx: the wheel's own BLAS is some 30 times slower
+    ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+_spec = importlib.util.spec_from_file_location(
+    "nano_world", Path(__file__).parent.parent / "radiance_mlx/models/nano/world.py"
+)
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB_SIZE = 1536
+ROW_TOKENS = 128
+
+
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE over the whole world and many invented names."""
+    rng = random.Random(2)
+    texts = [w.format(n=n, v=v) for n, f in world.EVERYBODY for r, v in f.items() for w in world.STATEMENTS[r]]
+    texts += [w.format(n=n) for n, f in world.EVERYBODY for r in f for w in world.QUESTIONS[r]]
+    texts += [text for pair in world.SMALL_TALK for text in pair] * 20
+    names = [world.refusal(world.invented_name(rng)) for _ in range(12_000)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=alphabet,
+        max_token_length=12,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts + names, trainer)
+    return tokenizer
+
+
+def model_config(vocab_size: int) -> dict:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "intermediate_size": 576,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocab_size,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def write_folder(out: Path, tokenizer: Tokenizer, config: dict) -> None:
+    """Everything but the weights, in the layout that `mlx_lm.load` reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[0],
+        "chat_template": CHAT_TEMPLATE,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
+def as_text(document) -> str:
+    if isinstance(document, str):
+        return SPECIAL_TOKENS[0] + document
+    return "".join(
+        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in document
+    )
+
+
+def batches(tokenizer: Tokenizer, rows: int):
+    """(rows, ROW_TOKENS + 1) int32: whole documents one after another; each row starts with one."""
+    documents = world.documents(seed=1)
+    while True:
+        packed = []
+        for _ in range(rows):
+            tokens: list[int] = []
+            while len(tokens) <= ROW_TOKENS:
+                tokens += tokenizer.encode(as_text(next(documents))).ids
+            packed.append(tokens[: ROW_TOKENS + 1])
+        yield mx.array(packed)
+
+
+def make_optimizer(steps: int) -> optim.Optimizer:
+    def schedule(rate: float):
+        warmup = optim.linear_schedule(0.0, rate, 50)
+        return optim.join_schedules([warmup, optim.cosine_decay(rate, steps - 50, rate * 0.02)], [50])
+
+    muon = optim.Muon(learning_rate=schedule(0.02), momentum=0.95, weight_decay=0.0)
+    adam = optim.AdamW(learning_rate=schedule(3e-3), weight_decay=0.0)
+    return optim.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
+    options = parser.parse_args()
+    if mx.default_device() == mx.cpu:
+        mx.disable_compile()
+    tokenizer = train_tokenizer()
+    config = model_config(tokenizer.get_vocab_size())
+    write_folder(options.out, tokenizer, config)
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.eval(model.parameters())
+    print(f"{sum(v.size for _, v in tree_flatten(model.parameters())) / 1e6:.2f}M parameters", flush=True)
+    optimizer = make_optimizer(options.steps)
+
+    def loss(model, rows):
+        return nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:], reduction="mean")
+
+    loss_and_grad = nn.value_and_grad(model, loss)
+    started = time.perf_counter()
+    for step, rows in enumerate(itertools.islice(batches(tokenizer, options.rows), options.steps), 1):
+        value, grads = loss_and_grad(model, rows)
+        grads, _ = optim.clip_grad_norm(grads, 1.0)
+        optimizer.update(model, grads)
+        mx.eval(value, model.parameters(), optimizer.state)
+        if step % 50 == 0:
+            print(f"step {step}  loss {value.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+        if step % 500 == 0 or step == options.steps:
+            mx.save_safetensors(
+                str(options.out / "model.safetensors"),
+                dict(tree_flatten(model.parameters())),
+                metadata={"format": "mlx"},
+            )
+
+
+if __name__ == "__main__":
+    main()
