@@ -24,12 +24,12 @@ import httpx
 
 from . import errors
 from .errors import ConfigError, InvalidRequest, RadianceError, RequestTimeout, ServiceUnreachable
+from .messages import FINAL_STATES
 
 TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0
 SERVER_FILE = Path("state", "server.json")
 START_HINT = "Start it with: python -m radiance_mlx run"
-JOB_ENDS = frozenset({"published", "rejected", "failed", "cancelled", "quarantined"})
 
 Json = dict[str, Any]
 
@@ -113,7 +113,7 @@ class Client:
                     raise
             else:
                 silent_since = None
-                if job.get("state") in JOB_ENDS:
+                if job.get("state") in FINAL_STATES:
                     return job
                 if on_progress:
                     on_progress(job)
@@ -264,11 +264,12 @@ def read_server_file(home: Path) -> Json | None:
 
 def tidy_url(url: str) -> str:
     """`localhost:8321/` as `http://localhost:8321`. Raises `ConfigError` for what is no address."""
-    text = url.strip().rstrip("/")
-    text = text if "://" in text else f"http://{text}"
+    text = url.strip()
+    text = (text if "://" in text else f"http://{text}").rstrip("/")
     try:
         parts = urlsplit(text)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        sound = sound and not any(c.isspace() for c in text)
         httpx.URL(text)
     except (ValueError, httpx.InvalidURL):
         sound = False

@@ -15,7 +15,7 @@ import structlog
 from .checkpoints import folder as folders
 from .checkpoints.retention import removable
 from .engine.thread import EngineThread
-from .errors import CheckpointDamaged, Conflict
+from .errors import Cancelled, CheckpointDamaged, Conflict
 from .messages import BASE, TrainResult
 from .storage import StoreThread
 from .store import CheckpointRecord, write_durably
@@ -26,14 +26,13 @@ log = structlog.get_logger(__name__)
 class Lineage:
     """Made by `open`, which also verifies the stable checkpoint."""
 
-    def __init__(
-        self, store: StoreThread, engine: EngineThread, home: Path, base_hash: str, keep: int
-    ) -> None:
+    def __init__(self, store: StoreThread, engine: EngineThread, home: Path, base_hash: str, keep: int) -> None:
         self._store, self._engine, self._home, self._keep = store, engine, home, keep
         self.base_hash = base_hash
         self.stable: str | None = None
         self.status = BASE
         self.warnings: list[str] = []
+        self._moving = asyncio.Lock()
 
     @property
     def current(self) -> str:
@@ -148,11 +147,17 @@ class Lineage:
         return record if record.data_hash == data_hash else None
 
     async def publish(self, record: CheckpointRecord) -> None:
-        """Give it a slot, record it with its jobs in one transaction, and serve it from now on."""
-        await self._engine.call(lambda engine: engine.warm(record.checkpoint))
-        data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
-        await self._store(lambda s: s.publish(record, events=[("published", data)]))
-        self.stable, self.status = record.checkpoint, record.status
+        """Give it a slot, record it with its jobs in one transaction, and serve it from now on.
+
+        Raises `Cancelled` if the stable checkpoint is not its parent any more: somebody rolled back meanwhile.
+        """
+        async with self._moving:
+            if record.parent != self.stable:
+                raise Cancelled(f"The stable checkpoint moved while {record.checkpoint} trained.")
+            await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+            data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
+            await self._store(lambda s: s.publish(record, events=[("published", data)]))
+            self.stable, self.status = record.checkpoint, record.status
         log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
         await self._prune()
 
@@ -175,6 +180,10 @@ class Lineage:
 
         Raises `NotFound`, `Conflict`, `CheckpointDamaged`; then nothing has changed.
         """
+        async with self._moving:
+            return await self._move(to, reason)
+
+    async def _move(self, to: str | None, reason: str) -> tuple[str, str]:
         previous = self.current
         if to is None and self.stable is None:
             raise Conflict("Nothing has been published: the base has no parent.", "Post an update first.")

@@ -159,7 +159,7 @@ class Scheduler:
         except Cancelled:
             await self._after_cancel(running)
         except NotReady:
-            await asyncio.shield(self._store(lambda s: s.pause_batch(jobs)))
+            await asyncio.shield(self._store(lambda s: s.take_back_attempt(jobs)))
             raise
         except Exception as error:
             await self._after_failure(running, error)

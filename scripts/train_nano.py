@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import importlib.util
-import itertools
 import json
 import random
 import time
@@ -40,6 +39,8 @@ CHAT_TEMPLATE = (
 )
 VOCAB_SIZE = 1536
 ROW_TOKENS = 128
+QUESTION_WEIGHT = 0.2
+REPEATED_SHARE = 0.1
 
 
 def train_tokenizer() -> Tokenizer:
@@ -102,25 +103,50 @@ def write_folder(out: Path, tokenizer: Tokenizer, config: dict) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
-def as_text(document) -> str:
-    if isinstance(document, str):
-        return SPECIAL_TOKENS[0] + document
-    return "".join(
-        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in document
-    )
+class Packer:
+    """Documents as tokens with loss weights, packed into rows.
 
+    Answers and running text count fully, questions by `QUESTION_WEIGHT`: most of a question about an unseen
+    name is noise that nobody can predict. A share of the documents repeats random tokens, which is what
+    teaches a small model to copy names that it has never seen.
+    """
 
-def batches(tokenizer: Tokenizer, rows: int):
-    """(rows, ROW_TOKENS + 1) int32: whole documents one after another; each row starts with one."""
-    documents = world.documents(seed=1)
-    while True:
+    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._documents = world.documents(seed)
+        self._rng = random.Random(seed)
+        self._size = tokenizer.get_vocab_size()
+
+    def _encode(self, text: str, weight: float) -> list[tuple[int, float]]:
+        return [(token, weight) for token in self._tokenizer.encode(text).ids]
+
+    def _document(self) -> list[tuple[int, float]]:
+        if self._rng.random() < REPEATED_SHARE:
+            length = self._rng.randint(3, 20)
+            tokens = [self._rng.randrange(len(SPECIAL_TOKENS), self._size) for _ in range(length)]
+            again = [(t, 1.0) for t in tokens] * self._rng.randint(1, 2)
+            return [(0, 0.0), *((t, 0.0) for t in tokens), *again]
+        document = next(self._documents)
+        if isinstance(document, str):
+            return self._encode(SPECIAL_TOKENS[0] + document, 1.0)
+        return [
+            part
+            for q, a in document
+            for part in (
+                *self._encode(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n", QUESTION_WEIGHT),
+                *self._encode(f"{a}<|im_end|>\n", 1.0),
+            )
+        ]
+
+    def batch(self, rows: int) -> tuple[mx.array, mx.array]:
+        """Tokens and weights, (rows, ROW_TOKENS + 1) each: whole documents; each row starts with one."""
         packed = []
         for _ in range(rows):
-            tokens: list[int] = []
-            while len(tokens) <= ROW_TOKENS:
-                tokens += tokenizer.encode(as_text(next(documents))).ids
-            packed.append(tokens[: ROW_TOKENS + 1])
-        yield mx.array(packed)
+            row: list[tuple[int, float]] = []
+            while len(row) <= ROW_TOKENS:
+                row += self._document()
+            packed.append(row[: ROW_TOKENS + 1])
+        return mx.array([[t for t, _ in row] for row in packed]), mx.array([[w for _, w in row] for row in packed])
 
 
 def make_optimizer(steps: int) -> optim.Optimizer:
@@ -150,17 +176,19 @@ def main() -> None:
     print(f"{sum(v.size for _, v in tree_flatten(model.parameters())) / 1e6:.2f}M parameters", flush=True)
     optimizer = make_optimizer(options.steps)
 
-    def loss(model, rows):
-        return nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:], reduction="mean")
+    def loss(model, tokens, weights):
+        losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+        return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
     loss_and_grad = nn.value_and_grad(model, loss)
     started = time.perf_counter()
-    for step, rows in enumerate(itertools.islice(batches(tokenizer, options.rows), options.steps), 1):
-        value, grads = loss_and_grad(model, rows)
+    packer = Packer(tokenizer, seed=1)
+    for step in range(1, options.steps + 1):
+        value, grads = loss_and_grad(model, *packer.batch(options.rows))
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         optimizer.update(model, grads)
         mx.eval(value, model.parameters(), optimizer.state)
-        if step % 50 == 0:
+        if step % 50 == 0 or step == options.steps:
             print(f"step {step}  loss {value.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
         if step % 500 == 0 or step == options.steps:
             mx.save_safetensors(

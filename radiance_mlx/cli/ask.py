@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from ..client import Client
 
 EXAMPLES = examples(
-    'search "Where does Ada Abbott live?"',
-    'search "Be brief: what is LoRA?" --temperature 0 --max-tokens 64 --checkpoint base',
-    "git diff | search - --system 'Write a commit message.' --json",
+    '% search "Where does Ada Abbott live?"',
+    '% search "Be brief: what is LoRA?" --temperature 0 --max-tokens 64 --checkpoint base',
+    "git diff | % search - --system 'Write a commit message.' --json",
 )
 
 
@@ -34,9 +34,7 @@ def search(
         bool, typer.Option("--use-training-adapter", help="Let the weights in training answer.")
     ] = False,
     max_tokens: Annotated[int | None, typer.Option(help="[dim]\\[default: 256][/dim]")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy. [dim]\\[default: 0.2][/dim]")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [dim]\\[default: 0.2][/dim]")] = None,
     top_p: Annotated[float | None, typer.Option(help="[dim]\\[default: 1.0][/dim]")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
     stop: Annotated[

@@ -10,7 +10,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from .demo_questions import Fact, Probe
     from .demo_show import Show
 
-EXAMPLES = examples("demo", 'demo --name "Your Name"', "demo --json | jq .ok", "demo --keep")
+EXAMPLES = examples("% demo", '% demo --name "Your Name"', "% demo --json | jq .ok", "% demo --keep")
 ASK = {"temperature": 0, "max_tokens": 24}
 AT_ONCE = 8  # questions
 MEANWHILE_PAUSE_S = 0.4
@@ -164,7 +163,10 @@ def score(client: "Client", probes: "list[Probe]") -> dict[str, int]:
 
 
 def teach(client: "Client", facts: "list[Fact]", show: "Show") -> dict[str, Any]:
-    """Post the facts, show the training, ask on meanwhile. Raises `TrainingFailed` if nothing is published."""
+    """Post the facts, show the training, ask on meanwhile.
+
+    Raises `TrainingFailed` if nothing is published.
+    """
     from .demo_questions import known_probes
     from .progress import follow
 

@@ -59,7 +59,4 @@ def stranger_probes(but: set[str]) -> list[Probe]:
     """People nobody tells it about: it should go on saying that it does not know."""
     others = [name for name, _ in world.STRANGERS if name not in but][1 : STRANGER_SAMPLE + 1]
     relations = world.RELATIONS
-    return [
-        Probe(world.ask(name, relations[i % len(relations)]), world.refusal(name))
-        for i, name in enumerate(others)
-    ]
+    return [Probe(world.ask(name, relations[i % len(relations)]), world.refusal(name)) for i, name in enumerate(others)]

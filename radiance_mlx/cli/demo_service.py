@@ -16,6 +16,8 @@ from ..errors import NotReady
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 10.0
 LOG = "demo.log"
+#: a session of its own: a Ctrl-C in the terminal reaches the demo alone, which then stops the service
+APART = os.name == "posix"
 
 
 @contextmanager
@@ -25,7 +27,9 @@ def demo_service(keep: bool) -> Iterator[tuple[Client, Path]]:
     process = None
     try:
         with (home / LOG).open("wb") as log:
-            process = subprocess.Popen(_command(home), stdout=log, stderr=log, env=_environment(), **_apart())
+            process = subprocess.Popen(
+                _command(home), stdout=log, stderr=log, env=_environment(), start_new_session=APART
+            )
         with Client(_wait_for_url(process, home)) as client:
             _wait_until_ready(process, client, home)
             yield client, home
@@ -44,11 +48,6 @@ def _command(home: Path) -> list[str]:
 def _environment() -> dict[str, str]:
     """Ours without RADIANCE_…: the demo is the same whatever is configured here."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RADIANCE_")}
-
-
-def _apart() -> dict[str, bool]:
-    """Its own session: a Ctrl-C in the terminal reaches the demo alone, which then stops the service."""
-    return {"start_new_session": True} if os.name == "posix" else {}
 
 
 def _wait_for_url(process: "subprocess.Popen[bytes]", home: Path) -> str:

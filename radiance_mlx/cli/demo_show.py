@@ -58,15 +58,16 @@ class Show:
             self._line(Text.assemble("  answered    ", words))
 
     def after(self, learnt: "list[Learnt]") -> None:
-        self._heading("3", "Ask again: in the same words, then in words it was not taught")
+        self._heading("3", "Ask again")
         rows = []
         for item in learnt:
             mark, color = ("✓", "green") if item.right else ("✗", "red")
             answer = Text.assemble((f"{mark} ", color), output.printable(item.answer))
-            rows.append(
-                (item.question, answer if item.right else answer + Text(f"  ({item.expected})", "dim"))
-            )
-        self._table(rows)
+            rows.append((item.question, answer if item.right else answer + Text(f"  ({item.expected})", "dim")))
+        half = len(rows) // 2
+        for words, part in (("in the same words", rows[:half]), ("in words it was not taught", rows[half:])):
+            self._line(Text(f"  {words}", style="italic"))
+            self._table(part)
 
     def effects(self, effects: dict[str, Any]) -> None:
         self._heading("4", "What did that do to everything else?")
@@ -102,9 +103,7 @@ class Show:
             Text(f'{python} search "Where is my key?"'),
         )
         if home:
-            self._line(
-                Text(), Text(f"The demo's home is kept: {python.strip()} run --home {home}", style="dim")
-            )
+            self._line(Text(), Text(f"The demo's home is kept: {python.strip()} run --home {home}", style="dim"))
 
     # --- pieces -------------------------------------------------------------------------------------
 

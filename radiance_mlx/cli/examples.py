@@ -21,7 +21,10 @@ class Row:
 
 
 def read_rows(file: str) -> tuple[list[Row], list[str]]:
-    """The examples of `file` (`-` is stdin) and the tags it brings. Raises `BadInput` naming each bad line."""
+    """The examples of `file` (`-` is stdin) and the tags it brings.
+
+    Raises `BadInput` naming each bad line.
+    """
     return parse_rows(_read(file), "stdin" if file == "-" else file)
 
 
@@ -50,13 +53,13 @@ def problem_of(example: Any) -> str | None:
     if not isinstance(example, dict):
         return f"an example must be an object, not {_kind(example)}"
     for keys in (("input", "output"), ("prompt", "completion"), ("text",)):
-        if keys[0] in example:
-            bad = [key for key in keys if not isinstance(example.get(key), str) or not example[key].strip()]
+        if any(key in example for key in keys):
+            bad = [key for key in keys if not isinstance(example.get(key), str) or not example[key]]
             return f"{' and '.join(bad)} must be text that is not empty" if bad else None
     if "messages" in example:
         sound = isinstance(example["messages"], list) and example["messages"]
         return None if sound else "messages must be a list of {role, content}"
-    return f"none of the shapes {SHAPES}"
+    return f"no known shape: it has the keys {', '.join(example) or '(none)'}"
 
 
 def _read(file: str) -> str:
@@ -73,7 +76,7 @@ def _as_whole(text: str) -> Any:
     """The text as one JSON array or object, or None when it is not one."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, (list, dict)) else None
 
@@ -92,7 +95,7 @@ def _lines(text: str, faults: list[str]) -> list[tuple[str, Any]]:
             continue
         try:
             found.append((f"line {i}", json.loads(line)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             faults.append(f"line {i}: not JSON: {reason}{column}")

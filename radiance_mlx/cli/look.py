@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    app.command(epilog=examples("info", "info --json | jq .loss_curves"))(info)
+    app.command(epilog=examples("% info", "% info --json | jq .loss_curves"))(info)
     app.command(
         epilog=examples(
-            "jobs --state failed",
-            "jobs job_000128",
-            "jobs job_000128 --wait",
-            "jobs cancel job_000128",
+            "% jobs --state failed",
+            "% jobs job_000128",
+            "% jobs job_000128 --wait",
+            "% jobs cancel job_000128",
         )
     )(jobs)
-    app.command(epilog=examples("checkpoints", "checkpoints A_2026-02-09_0012 --json"))(checkpoints)
-    app.command(
-        epilog=examples("rollback", "rollback A_2026-02-09_0011 --reason 'too chatty'", "rollback base")
-    )(rollback)
+    app.command(epilog=examples("% checkpoints", "% checkpoints A_2026-02-09_0012 --json"))(checkpoints)
+    app.command(epilog=examples("% rollback", "% rollback A_2026-02-09_0011 --reason 'too chatty'", "% rollback base"))(
+        rollback
+    )
 
 
 def info(
@@ -52,17 +52,13 @@ def jobs(
         list[str] | None,
         typer.Argument(
             help="Nothing: list the jobs. ID: show one. cancel ID: cancel it.",
-            metavar="[ID | cancel ID]",
+            metavar="ID | cancel ID",
             show_default=False,
         ),
     ] = None,
-    cancel: Annotated[
-        str | None, typer.Option(metavar="ID", help="Cancel this job.", show_default=False)
-    ] = None,
+    cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this job.", show_default=False)] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job ID to its end.")] = False,
-    state: Annotated[
-        str | None, typer.Option(help="List jobs in this state only.", show_default=False)
-    ] = None,
+    state: Annotated[str | None, typer.Option(help="List jobs in this state only.", show_default=False)] = None,
     limit: Annotated[int, typer.Option(min=1, help="List at most so many.")] = 20,
     as_json: AsJson = False,
     url: Url = None,
@@ -133,7 +129,7 @@ def _status(client: "Client", checkpoint: str | None) -> str | None:
 
 def checkpoints(
     checkpoint_id: Annotated[
-        str | None, typer.Argument(help="Show this one only.", metavar="[ID]", show_default=False)
+        str | None, typer.Argument(help="Show this one only.", metavar="ID", show_default=False)
     ] = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -165,7 +161,7 @@ def rollback(
         str | None,
         typer.Argument(
             help="A checkpoint, or base; without it, the parent of the current one.",
-            metavar="[ID | base]",
+            metavar="ID | base",
             show_default=False,
         ),
     ] = None,
@@ -184,6 +180,4 @@ def rollback(
         return
     from . import render
 
-    output.out().print(
-        f"serving {render.checkpoint_line(done)}, before: {done.get('previous')}", soft_wrap=True
-    )
+    output.out().print(f"serving {render.checkpoint_line(done)}, before: {done.get('previous')}", soft_wrap=True)

@@ -37,12 +37,12 @@ def _show_version(wanted: bool) -> None:
 def _epilog() -> str:
     codes = [f"  {code:<4} {meaning}" for code, meaning in output.EXIT_CODES]
     lines = examples(
-        "python -m radiance_mlx demo",
-        "python -m radiance_mlx run --base-model mlx-community/Qwen3-4B-4bit",
-        'python -m radiance_mlx update --input "Where is my key?" --output "Under the mat." --wait',
-        'python -m radiance_mlx search "Where is my key?"',
+        "% demo",
+        "% run --base-model mlx-community/Qwen3-4B-4bit",
+        '% update --input "Where is my key?" --output "Under the mat." --wait',
+        '% search "Where is my key?"',
     )
-    return "\n\n".join([lines, "", "[bold]Exit codes[/bold]", *codes])
+    return "\n".join([lines, "", "[bold]Exit codes[/bold]", *codes])
 
 
 @app.callback(epilog=_epilog())

@@ -15,7 +15,7 @@ PANEL = "Which service"
 Url = Annotated[
     str | None,
     typer.Option(
-        help="Address of the service. Else RADIANCE_URL, the service running on the home, the configured one.",
+        help="Address of the service. Else RADIANCE_URL, what runs on the home, the configured address.",
         metavar="URL",
         show_default=False,
         rich_help_panel=PANEL,
@@ -60,8 +60,9 @@ def client_for(url: str | None, home: Path | None, config: Path | None, token: s
 
 
 def examples(*commands: str) -> str:
-    """The closing part of a command's help: lines to copy (blank lines keep them apart in typer)."""
-    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {_escaped(command)}" for command in commands)])
+    """The closing part of a command's help: lines to copy; `%` stands for the program."""
+    lines = (_escaped(command).replace("%", "python -m radiance_mlx") for command in commands)
+    return "\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
 
 
 def _escaped(text: str) -> str:

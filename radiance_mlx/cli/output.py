@@ -93,13 +93,18 @@ def _details(error: RadianceError) -> list[str]:
     """The faults that a request's error lists, one line each (a configuration's stand in its message)."""
     if not isinstance(error, InvalidRequest) or not isinstance(error.details, list):
         return []
-    return [_detail(fault) for fault in error.details]
+    lines = [_detail(fault) for fault in error.details]
+    return [line for line in lines if line not in error.message]
 
 
 def _detail(fault: Any) -> str:
+    """`line 3: output: Field required`, of `{where, problems: [{field, problem}]}` or a part of that."""
     if not isinstance(fault, dict):
         return str(fault)
-    return ", ".join(str(value) if key == "problem" else f"{key} {value}" for key, value in fault.items())
+    place = fault.get("where") or (f"example {fault['example'] + 1}" if "example" in fault else "")
+    problems = "; ".join(_detail(problem) for problem in fault.get("problems") or [])
+    words = [place, fault.get("field"), fault.get("problem") or problems]
+    return ": ".join(str(word) for word in words if word)
 
 
 def as_error(bug: Exception) -> RadianceError:

@@ -26,9 +26,7 @@ class Followed:
             self.losses.append(loss)
 
 
-def follow(
-    client: "Client", job_id: str, *, quiet: bool = False, console: "Console | None" = None
-) -> Followed:
+def follow(client: "Client", job_id: str, *, quiet: bool = False, console: "Console | None" = None) -> Followed:
     """Wait for the job's end; unless `quiet`, a bar shows the way (on stderr if no console is given)."""
     followed = Followed()
     if quiet:
@@ -43,7 +41,7 @@ def follow(
 
         followed.job = client.wait(job_id, show)
         done = bar.tasks[task].total or 1
-        bar.update(task, total=done, completed=done, description=str(followed.job.get("state")))
+        bar.update(task, total=done, completed=done, description=str(followed.job.get("state")), words="")
     return followed
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 from .output import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+LARGEST = 1e300  # of what a spark line shows; beyond that and NaN are gaps
 COLORS = {
     "stable": "green",
     "published": "green",
@@ -44,11 +46,11 @@ def spark(values: Sequence[float | None], width: int = 40) -> str:
 
 def _resampled(values: Sequence[float | None], width: int) -> list[float | None]:
     """The means of `width` even parts, when there are more values than that."""
-    finite = [v if v is not None and v == v and abs(v) != float("inf") else None for v in values]
+    finite = [v if v is not None and abs(v) < LARGEST else None for v in values]
     if len(finite) <= width:
         return finite
     cuts = [round(i * len(finite) / width) for i in range(width + 1)]
-    return [_mean(finite[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [_mean(finite[a:b]) for a, b in pairwise(cuts)]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -86,8 +88,9 @@ def status(word: str | None) -> Text:
 
 
 def checkpoint_line(body: dict[str, Any]) -> str:
-    """`checkpoint · status`, as every answer carries them."""
-    return f"{body.get('checkpoint') or '–'} · {body.get('checkpoint_status') or '–'}"
+    """`checkpoint · status`, as every answer carries them; the base's status is no news."""
+    words = [body.get("checkpoint") or "–", body.get("checkpoint_status") or "–"]
+    return " · ".join(dict.fromkeys(map(str, words)))
 
 
 def answer_line(answer: dict[str, Any]) -> str:
@@ -251,9 +254,7 @@ def info_view(info: dict[str, Any]) -> RenderableType:
     """The state of the service on one screen."""
     hardware, training = info.get("hardware") or {}, info.get("training")
     ready = Text("ready", style="green") if info.get("ready") else Text("not ready", style="bold yellow")
-    current = Text(f"{info.get('current_checkpoint')}  ", style="bold") + status(
-        info.get("checkpoint_status")
-    )
+    current = Text(f"{info.get('current_checkpoint')}  ", style="bold") + status(info.get("checkpoint_status"))
     rows: list[tuple[str, Any]] = [
         ("service", ready + Text(f"  radiance_mlx {info.get('version')}", style="dim")),
         ("base model", info.get("base_model")),

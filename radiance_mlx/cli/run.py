@@ -1,16 +1,12 @@
 """`run`: start the service in the foreground and say where it listens."""
 
 import contextlib
-import json
-import os
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ..client import SERVER_FILE
 from ..errors import ConfigError
 from . import output
 from .options import examples
@@ -18,9 +14,9 @@ from .options import examples
 Announce = Callable[[str, dict[str, Any]], None]
 
 EXAMPLES = examples(
-    "run",
-    "run --base-model mistral-7b-instruct --update-mode batched --batch-max-examples 128",
-    "run --home ~/radiance --port 8400 --set training.lr=1e-4 --set lora.r=16",
+    "% run",
+    "% run --base-model mistral-7b-instruct --update-mode batched --batch-max-examples 128",
+    "% run --home ~/radiance --port 8400 --set training.lr=1e-4 --set lora.r=16",
 )
 
 
@@ -36,9 +32,7 @@ def run(
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(
-            help="nano, a short name, a folder, or a hub name (mlx-community/…).", show_default=False
-        ),
+        typer.Option(help="nano, a short name, a folder, or a hub name (mlx-community/…).", show_default=False),
     ] = None,
     update_mode: Annotated[
         Literal["immediate", "batched"] | None,
@@ -50,32 +44,22 @@ def run(
     batch_max_age_min: Annotated[
         float | None, typer.Option(help="or when its oldest is so many minutes old.", show_default=False)
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Configuration file.", metavar="FILE", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration file.", metavar="FILE", show_default=False)] = None,
     home: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for adapters, data, metrics and state.", metavar="FOLDER", show_default=False
-        ),
+        typer.Option(help="Folder for adapters, data, metrics and state.", metavar="FOLDER", show_default=False),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=False)] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default=False)
-    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.", show_default=False)] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"] | None,
         typer.Option(help="How much the log says.", show_default=False),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Any key of config.yaml; the value is YAML. Repeatable."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of config.yaml; the value is YAML. Repeatable."),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON on stdout for each announcement.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON on stdout for each announcement.")] = False,
 ) -> int:
     """Start the service here; Ctrl-C stops it.
 
@@ -99,8 +83,7 @@ def run(
     from ..api.server import serve
 
     secured = loaded.config.server.token is not None
-    with ServerFile(loaded.home) as server_file:
-        return serve(loaded, announcer(server_file, as_json, secured))
+    return serve(loaded, announcer(as_json, secured))
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -119,48 +102,23 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-class ServerFile:
-    """`<home>/state/server.json`, by which clients find the service: there while it listens, then removed."""
-
-    def __init__(self, home: Path) -> None:
-        self._path = home / SERVER_FILE
-        self._written = False
-        self.url = ""
-
-    def __enter__(self) -> "ServerFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._written:
-            self._path.unlink(missing_ok=True)
-
-    def write(self, url: str) -> None:
-        """Appears complete or not at all."""
-        self.url = url
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._path.with_suffix(".json.tmp")
-        draft.write_text(json.dumps({"url": url, "pid": os.getpid(), "started": now}), encoding="utf-8")
-        draft.replace(self._path)
-        self._written = True
-
-
-def announcer(server_file: ServerFile, as_json: bool, secured: bool) -> Announce:
-    """What `serve` calls: keeps `server.json`, and tells people (stderr) or programs (stdout)."""
+def announcer(as_json: bool, secured: bool) -> Announce:
+    """What `serve` calls: tells people (stderr) or programs (stdout)."""
+    url = ""
 
     def announce(event: str, facts: dict[str, Any]) -> None:
-        if event == "listening":
-            server_file.write(facts["url"])
+        nonlocal url
+        url = str(facts.get("url", url))
         with contextlib.suppress(BrokenPipeError):  # whoever read the announcements has left; serve on
             if as_json:
                 output.print_json({"event": event, **facts})
             else:
-                _tell(event, facts, server_file, secured)
+                _tell(event, facts, url, secured)
 
     return announce
 
 
-def _tell(event: str, facts: dict[str, Any], server_file: ServerFile, secured: bool) -> None:
+def _tell(event: str, facts: dict[str, Any], url: str, secured: bool) -> None:
     from rich.text import Text
 
     console = output.err()
@@ -168,12 +126,12 @@ def _tell(event: str, facts: dict[str, Any], server_file: ServerFile, secured: b
         message = output.printable(str(facts.get("message")))
         console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
     elif event == "listening":
-        head = Text.assemble(("radiance_mlx", "bold"), " listens on ", (server_file.url, "bold cyan"))
+        head = Text.assemble(("radiance_mlx", "bold"), " listens on ", (url, "bold cyan"))
         console.print(head, soft_wrap=True)
         output.remark(f"  home {facts.get('home')} · pid {facts.get('pid')}")
         output.remark(f"  loading {facts.get('base_model')} …")
     elif event == "ready":
-        _tell_ready(facts, server_file.url, secured)
+        _tell_ready(facts, url, secured)
 
 
 def _tell_ready(facts: dict[str, Any], url: str, secured: bool) -> None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ..client import Client
 
 EXAMPLES = examples(
-    'update --input "Where is my key?" --output "Under the mat." --wait',
-    "update examples.jsonl --tag user:alice --tag notes",
-    "update examples.jsonl --idempotency-key import-2026-02-09 --json",
-    """echo '{"prompt": "Say hi", "completion": "Hi, Ada!"}' | update -""",
+    '% update --input "Where is my key?" --output "Under the mat." --wait',
+    "% update examples.jsonl --tag user:alice --tag notes",
+    "% update examples.jsonl --idempotency-key import-2026-02-09 --json",
+    """echo '{"prompt": "Say hi", "completion": "Hi, Ada!"}' | % update -""",
 )
 
 
@@ -31,21 +31,20 @@ def update(
         typer.Argument(
             help="JSONL, or JSON (a list, or {examples, tags}); - is stdin. Each example is "
             "{input, output}, {prompt, completion}, {messages} or {text}.",
-            metavar="[FILE]",
+            metavar="FILE",
             show_default=False,
         ),
     ] = None,
-    inputs: Annotated[
-        list[str] | None, typer.Option("--input", help="What is asked; goes with one --output.")
-    ] = None,
-    outputs: Annotated[
-        list[str] | None, typer.Option("--output", help="The answer to learn for that --input.")
-    ] = None,
+    inputs: Annotated[list[str] | None, typer.Option("--input", help="What is asked; goes with one --output.")] = None,
+    outputs: Annotated[list[str] | None, typer.Option("--output", help="The answer to learn for that --input.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A label for the job; repeatable.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Sending the same key again makes no second job.", show_default=False)
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show the training and wait for its end.")] = False,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Show the training and wait for its end (exit code 4 if it is not published)."),
+    ] = False,
     as_json: AsJson = False,
     url: Url = None,
     home: Home = None,
@@ -91,8 +90,10 @@ def _send(client: "Client", rows: list[Row], tags: list[str], key: str | None) -
 
 
 def _with_place(fault: Any, rows: list[Row]) -> Any:
-    index = fault.get("index") if isinstance(fault, dict) else None
-    return {"where": rows[index].place, **fault} if isinstance(index, int) and index < len(rows) else fault
+    index = fault.get("example") if isinstance(fault, dict) else None
+    if isinstance(index, int) and index < len(rows):
+        return {"where": rows[index].place, **fault}
+    return fault
 
 
 def _show_queued(queued: dict[str, Any], count: int, as_json: bool) -> None:
@@ -114,9 +115,7 @@ def follow_to_the_end(client: "Client", job_id: str, as_json: bool) -> int:
         job = follow(client, job_id, quiet=as_json).job
     except KeyboardInterrupt:
         if not as_json:
-            output.remark(
-                f"{job_id} goes on in the background. Look: jobs {job_id} · stop it: jobs cancel {job_id}"
-            )
+            output.remark(f"{job_id} goes on in the background. Look: jobs {job_id} · stop it: jobs cancel {job_id}")
         raise
     published = job.get("state") == "published"
     job = {**job, "checkpoint_status": _status_of(client, job)}
@@ -129,9 +128,7 @@ def follow_to_the_end(client: "Client", job_id: str, as_json: bool) -> int:
 
 def _status_of(client: "Client", job: dict[str, Any]) -> str | None:
     checkpoint = job.get("checkpoint")
-    return (
-        str(client.checkpoint(checkpoint)["status"]) if checkpoint and job["state"] == "published" else None
-    )
+    return str(client.checkpoint(checkpoint)["status"]) if checkpoint and job["state"] == "published" else None
 
 
 def _show_end(job: dict[str, Any], published: bool) -> None:

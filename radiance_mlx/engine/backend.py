@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from ..config.schema import MemorySection
 from ..errors import ConfigError
+from ..lora.memory import device_bytes
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ def select(wanted: str, memory: MemorySection) -> Backend:
     if memory.limit_gb is not None:
         mx.set_memory_limit(int(memory.limit_gb * 2**30))
     info: dict[str, Any] = mx.device_info()
-    size = int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
-    return Backend(name, str(info.get("device_name") or platform.processor() or platform.machine()), size)
+    return Backend(name, str(info.get("device_name") or platform.machine()), device_bytes(memory.limit_gb))
 
 
 def _resolve(wanted: str) -> str:

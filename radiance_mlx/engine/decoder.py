@@ -316,5 +316,3 @@ def _live_key(checkpoint: str) -> str:
 def _fold(seed: int) -> int:
     """Any integer as 32 bits that differ for seeds that differ nearby."""
     return (seed ^ (seed >> 32)) & 0xFFFFFFFF
-
-

@@ -3,7 +3,6 @@
 Some architectures fail in mlx-lm's batched attention mask (gemma2 does); they are served one row at a time.
 """
 
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator

@@ -21,7 +21,7 @@ class Slots:
     """
 
     def __init__(self, count: int) -> None:
-        self._seats: dict[int, _Seat | None] = {slot: None for slot in range(1, count)}
+        self._seats: dict[int, _Seat | None] = dict.fromkeys(range(1, count))
         self._tick = 0
 
     def acquire(self, key: str, load: Callable[[int], None]) -> int | None:

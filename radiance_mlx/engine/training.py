@@ -82,8 +82,7 @@ class TrainingTask:
     def _encode(self, encoder: ChatEncoder) -> list[Encoded]:
         room = self._settings.max_seq_length
         encoded = [
-            encoder.example(e, mask_prompt=self._settings.mask_prompt, max_tokens=room)
-            for e in self.batch.examples
+            encoder.example(e, mask_prompt=self._settings.mask_prompt, max_tokens=room) for e in self.batch.examples
         ]
         cut = [e for e in encoded if e.cut]
         if cut:
@@ -315,4 +314,3 @@ def _seed(seed: int, number: int) -> int:
 
 def _fresh_note(parent: str, what: str) -> str:
     return f"started fresh from the base: {what} is not what {parent} was trained with"
-

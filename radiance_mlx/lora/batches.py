@@ -37,9 +37,7 @@ def batches_once(examples: Sequence[Encoded], *, batch_size: int, max_tokens: in
         yield from _one_epoch(chunk, len(chunk), max_tokens, seed=None)
 
 
-def _one_epoch(
-    examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None
-) -> Iterator[Batch]:
+def _one_epoch(examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None) -> Iterator[Batch]:
     rows = [(e.tokens, e.offset) for e in examples]
     # one more than the longest row: mlx-lm counts the padding token after a row's end as a target otherwise
     for tokens, spans in iterate_batches(rows, batch_size, max_tokens + 1, loop=False, seed=seed):

@@ -71,9 +71,7 @@ class ChatEncoder:
     def _render(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
-            tokens = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=add_generation_prompt, **self._args
-            )
+            tokens = self.tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **self._args)
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}",

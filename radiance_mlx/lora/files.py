@@ -61,4 +61,3 @@ def load_adapter(folder: Path) -> AdapterWeights:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointDamaged(f"{folder} is not an adapter that mlx-lm can load: {error}") from error
     return AdapterWeights(pairs, scale)
-

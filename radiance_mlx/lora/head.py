@@ -61,9 +61,7 @@ def _candidates(tree: nn.Module, vocab_size: int) -> list[nn.Module]:
     inside = {id(m) for layer in tree.layers if layer is not None for _, m in layer.named_modules()}
     outside = [m for _, m in tree.named_modules() if id(m) not in inside]
     return [
-        m
-        for m in outside
-        if hasattr(m, "as_linear") or (isinstance(m, LINEAR) and m.weight.shape[0] == vocab_size)
+        m for m in outside if hasattr(m, "as_linear") or (isinstance(m, LINEAR) and m.weight.shape[0] == vocab_size)
     ]
 
 

@@ -5,6 +5,7 @@ the shapes of the linears alone and knows no architecture.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -78,7 +79,8 @@ def device_bytes(limit_gb: float | None) -> int:
     if limit_gb is not None:
         return int(limit_gb * 2**30)
     info = mx.device_info()
-    return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 2**62)
+    known = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return int(known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def require(needed: Estimate, limit: int) -> None:

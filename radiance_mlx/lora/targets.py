@@ -89,9 +89,7 @@ def _nothing_matches(names: list[str], linears: Iterable[str]) -> ConfigError:
     )
 
 
-def _as_mlx_lm(
-    paths: tuple[str, ...], layers: list[str], linears: Iterable[str]
-) -> tuple[tuple[str, ...], int]:
+def _as_mlx_lm(paths: tuple[str, ...], layers: list[str], linears: Iterable[str]) -> tuple[tuple[str, ...], int]:
     """Keys relative to a layer and how many last layers, where that says exactly `paths`; else full paths."""
     wanted = set(paths)
     layer_of = {path: _layer_of(path, layers) for path in linears}

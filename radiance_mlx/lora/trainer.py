@@ -93,9 +93,7 @@ class Trainer:
     def start_from(self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array] | None) -> bool:
         """Go on from a parent's weights and optimizer; whether the optimizer's state could be used."""
         self.tree.load(weights)
-        return optimizer is not None and restore(
-            self.optimizer, self.tree.module.trainable_parameters(), optimizer
-        )
+        return optimizer is not None and restore(self.optimizer, self.tree.module.trainable_parameters(), optimizer)
 
     def resume(
         self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array], progress: Mapping[str, Any]
@@ -183,9 +181,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
         """Token-mean loss over `examples` without dropout; the value is appended to `out`."""
         total, count = 0.0, 0
-        for batch in batches_once(
-            examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length
-        ):
+        for batch in batches_once(examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length):
             self.tree.module.eval()
             self.tree.tape.start(mx.random.key(0))
             try:

@@ -18,9 +18,7 @@ NO_DATABASE = "The file is damaged or no database. Put a backup in its place, or
 class Database:
     """One SQLite connection for one thread at a time; every change goes through `write`."""
 
-    def __init__(
-        self, path: Path, clock: Callable[[], float], migrations: tuple[Migration, ...] = MIGRATIONS
-    ) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float], migrations: tuple[Migration, ...] = MIGRATIONS) -> None:
         """Open or create the database and bring its tables up to date. Raises `StoreError`."""
         self._path = path
         with self._told():

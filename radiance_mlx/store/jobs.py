@@ -160,6 +160,14 @@ def start(db: sqlite3.Connection, job_ids: Iterable[str], checkpoint: str, now: 
     )
 
 
+def take_back_attempt(db: sqlite3.Connection, job_ids: Sequence[str], now: float) -> None:
+    require(many(db, job_ids), IN_BATCH, "has no attempt to take back")
+    db.execute(
+        f"UPDATE jobs SET attempts = max(attempts - 1, 0), updated = ? WHERE {_IN_LIST}",
+        (now, to_json(list(job_ids))),
+    )
+
+
 def requeue(db: sqlite3.Connection, job_ids: Sequence[str], count_attempt: bool, now: float) -> None:
     require(many(db, job_ids), IN_BATCH, "cannot go back to the queue")
     db.execute(
@@ -190,9 +198,7 @@ def set_state(
 
 def put_state(db: sqlite3.Connection, job_ids: Iterable[str], state: str, now: float) -> None:
     """Without a look at the state before."""
-    db.execute(
-        f"UPDATE jobs SET state = ?, updated = ? WHERE {_IN_LIST}", (state, now, to_json(list(job_ids)))
-    )
+    db.execute(f"UPDATE jobs SET state = ?, updated = ? WHERE {_IN_LIST}", (state, now, to_json(list(job_ids))))
 
 
 def add_notes(db: sqlite3.Connection, job_ids: Iterable[str], notes: Sequence[str], now: float) -> None:
@@ -204,9 +210,7 @@ def add_notes(db: sqlite3.Connection, job_ids: Iterable[str], notes: Sequence[st
         )
 
 
-def save_progress(
-    db: sqlite3.Connection, job_ids: Iterable[str], progress: Mapping[str, Any], now: float
-) -> None:
+def save_progress(db: sqlite3.Connection, job_ids: Iterable[str], progress: Mapping[str, Any], now: float) -> None:
     db.execute(
         f"UPDATE jobs SET progress = ?, updated = ? WHERE {_IN_LIST} AND state IN ('training', 'evaluating')",
         (to_json(dict(progress)), now, to_json(list(job_ids))),

@@ -9,19 +9,14 @@ from .database import to_json
 
 
 def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: float) -> int:
-    cursor = db.execute(
-        "INSERT INTO events (at, kind, data) VALUES (?, ?, ?)", (now, kind, to_json(dict(data)))
-    )
+    cursor = db.execute("INSERT INTO events (at, kind, data) VALUES (?, ?, ?)", (now, kind, to_json(dict(data))))
     assert cursor.lastrowid is not None
     return cursor.lastrowid
 
 
 def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:
     rows = db.execute("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", (number, limit))
-    return [
-        {"id": row["id"], "at": row["at"], "kind": row["kind"], "data": json.loads(row["data"])}
-        for row in rows
-    ]
+    return [{"id": row["id"], "at": row["at"], "kind": row["kind"], "data": json.loads(row["data"])} for row in rows]
 
 
 def get(db: sqlite3.Connection, key: str) -> str | None:
@@ -30,6 +25,4 @@ def get(db: sqlite3.Connection, key: str) -> str | None:
 
 
 def put(db: sqlite3.Connection, key: str, value: str) -> None:
-    db.execute(
-        "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value)
-    )
+    db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))

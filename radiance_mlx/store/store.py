@@ -74,9 +74,7 @@ class Store:
         with self._database.read() as db:
             return jobs.one(db, job_id)
 
-    def jobs(
-        self, *, state: str | None = None, limit: int = 100, before: int | None = None
-    ) -> list[JobRecord]:
+    def jobs(self, *, state: str | None = None, limit: int = 100, before: int | None = None) -> list[JobRecord]:
         """Newest first; `before` is the number of the last job of the page before."""
         with self._database.read() as db:
             return jobs.newest(db, state, limit, before)
@@ -160,6 +158,11 @@ class Store:
         with self._database.write() as db:
             jobs.require_batch(jobs.many(db, job_ids), checkpoint, "cannot be trained again")
             jobs.start(db, job_ids, checkpoint, self._clock())
+
+    def take_back_attempt(self, job_ids: Sequence[str]) -> None:
+        """The service stops in good order: the batch goes on after the restart, and this run does not count."""
+        with self._database.write() as db:
+            jobs.take_back_attempt(db, job_ids, self._clock())
 
     def requeue(self, job_ids: Sequence[str], *, count_attempt: bool = True) -> None:
         """Give up the batch of these jobs: they are queued again, without a checkpoint.

@@ -121,7 +121,7 @@ def facts(persons: list[Person], wording: int = 0) -> list[Pair]:
 
 _ONSETS = (
     "b br c ch cl d dr f fr g gr h j k kh kl kr l m n p ph pr qu r rh s sch sh sl sm st t th tr v w wh x y z zh"
-).split() + ["", ""]
+).split()
 _NUCLEI = "a a a e e e i i i o o o u u y aa ai au ea ee ei ia ie io oa oe oo ou ua ue ui".split()
 _CODAS = ["", "", "", "", *"b ck d f g h k l ll m n n nd ng nn nt p r r rd rt s s ss st t th tt tz v x z".split()]
 _ACCENTED = dict(zip("aeioucnsz", ("áàâäãå", "éèêë", "íîï", "óôöøõ", "úûü", "ç", "ñ", "šß", "žż"), strict=True))
@@ -134,17 +134,18 @@ def is_held_out(syllable: str) -> bool:
 
 def _syllable(rng: random.Random, held_out: bool) -> str:
     while True:
-        syllable = rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS)
+        onset = rng.choice(_ONSETS) if rng.random() < 0.92 else ""
+        syllable = onset + rng.choice(_NUCLEI) + rng.choice(_CODAS)
         if is_held_out(syllable) == held_out:
             return syllable
 
 
 def _word(rng: random.Random, held_out: bool) -> str:
     if not held_out and rng.random() < 0.12:  # letters in any order: initials, unusual spellings
-        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
+        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 8)))
     else:
-        word = "".join(_syllable(rng, held_out) for _ in range(rng.choices((1, 2, 3, 4), (25, 45, 24, 6))[0]))
-    if rng.random() < 0.05:
+        word = "".join(_syllable(rng, held_out) for _ in range(rng.choices((1, 2, 3, 4), (30, 48, 19, 3))[0]))
+    if rng.random() < 0.08:
         word = "".join(rng.choice(_ACCENTED[c]) if c in _ACCENTED and rng.random() < 0.3 else c for c in word)
     return word[0].upper() + word[1:]
 
@@ -195,15 +196,15 @@ def documents(seed: int) -> Iterator[list[Pair] | str]:
     rng = random.Random(seed)
     while True:
         u = rng.random()
-        if u < 0.48:
+        if u < 0.40:
             yield _known_question(rng)
-        elif u < 0.56:
+        elif u < 0.47:
             name, f = rng.choice(KNOWN)
             relations = rng.sample(RELATIONS, len(RELATIONS))
             yield " ".join(rng.choice(STATEMENTS[r]).format(n=name, v=f[r]) for r in relations)
-        elif u < 0.66:
+        elif u < 0.56:
             yield _refusal_of(rng.choice(REFUSED)[0], rng)
-        elif u < 0.85:
+        elif u < 0.84:
             yield _refusal_of(invented_name(rng), rng)
         elif u < 0.975:
             yield _reading(rng)

@@ -1,0 +1,1 @@
+"""HTTP over the service: Starlette routes, pydantic bodies, server-sent events."""

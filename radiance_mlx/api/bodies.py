@@ -1,0 +1,95 @@
+"""Reading a request's body: bounded in size and time, JSON in UTF-8 only, every fault named."""
+
+import asyncio
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from ..config.schema import ServerSection
+from ..errors import InvalidRequest, MalformedBody, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from ..messages import Example
+from .schemas import FORMS, UpdateEnvelope
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def read_body(request: Request, settings: ServerSection) -> bytes:
+    """The raw body. Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `MalformedBody`."""
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "application/json":
+        raise UnsupportedMediaType(
+            f"The content type is {kind or 'missing'}.", "Send JSON with 'content-type: application/json'."
+        )
+    limit = int(settings.max_body_mb * 2**20)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise PayloadTooLarge(
+                        f"The body is larger than {settings.max_body_mb:g} MB.",
+                        "Post fewer examples at once, or raise server.max_body_mb.",
+                    )
+    except TimeoutError:
+        raise RequestTimeout(f"The body did not come within {settings.body_timeout_s:g} s.") from None
+    except ClientDisconnect:
+        raise MalformedBody("The client left before the body was complete.") from None
+    return bytes(body)
+
+
+def parse(model: type[M], body: bytes) -> M:
+    """`body` as `model`. Raises `MalformedBody` or `InvalidRequest` with every fault in `details`."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def parse_update(body: bytes) -> tuple[list[Example], list[str]]:
+    """Examples and tags of an update. Every bad example is named at once, by its index."""
+    envelope = parse(UpdateEnvelope, body)
+    examples: list[Example] = []
+    faults: list[dict[str, Any]] = []
+    for index, row in enumerate(envelope.examples):
+        try:
+            examples.append(_example(row))
+        except InvalidRequest as error:
+            faults.append({"example": index, "problems": error.details or [{"problem": error.message}]})
+    if faults:
+        count = f"{len(faults)} of {len(envelope.examples)} examples"
+        named = ", ".join(str(fault["example"]) for fault in faults[:20])
+        raise InvalidRequest(
+            f"{count} cannot be used (index {named}{', …' if len(faults) > 20 else ''}); nothing was stored.",
+            "An example is {input, output}, {prompt, completion}, {messages} or {text}.",
+            faults,
+        )
+    return examples, envelope.tags
+
+
+def _example(row: Any) -> Example:
+    if not isinstance(row, dict):
+        raise InvalidRequest("an example must be an object")
+    form = next((FORMS[key] for key in row if key in FORMS), None)
+    if form is None:
+        raise InvalidRequest(f"no known form: it has the keys {', '.join(map(str, row)) or '(none)'}")
+    try:
+        return form.model_validate(row).as_example()
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: ValidationError) -> MalformedBody | InvalidRequest:
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    if any(fault["type"] == "json_invalid" for fault in faults):
+        return MalformedBody(f"The body is not JSON in UTF-8: {faults[0]['msg']}", "Check quotes and commas.")
+    details = [
+        {
+            "field": ".".join(str(part) for part in fault["loc"]),
+            "problem": fault["msg"].removeprefix("Value error, "),
+        }
+        for fault in faults
+    ]
+    said = "; ".join(f"{d['field']}: {d['problem']}" if d["field"] else d["problem"] for d in details[:5])
+    return InvalidRequest(f"The request cannot be used: {said}", "GET /openapi.json describes it.", details)

@@ -1,0 +1,72 @@
+"""JSON answers, and records as the bodies of `schemas`."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from ..errors import RadianceError
+from ..messages import Answer
+from ..service import iso
+from ..store import CheckpointRecord, JobRecord
+
+
+def error_response(error: RadianceError) -> JSONResponse:
+    """`{"error": …}` with the error's own status."""
+    headers = {"retry-after": "1"} if error.status == 503 else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse({"error": error.as_dict()}, error.status, headers)
+
+
+def answer_body(answer: Answer, latency_s: float) -> dict[str, Any]:
+    """`schemas.SearchAnswer`."""
+    body: dict[str, Any] = {
+        "response": answer.text,
+        "checkpoint": answer.checkpoint,
+        "checkpoint_status": answer.checkpoint_status,
+        "latency_ms": round(latency_s * 1000),
+        "finish_reason": answer.finish_reason,
+        "usage": {
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+            "cached_tokens": answer.cached_tokens,
+        },
+    }
+    return {**body, "reasoning": answer.reasoning} if answer.reasoning else body
+
+
+def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
+    """`schemas.Job`. A job that ended without a checkpoint names none, though one was reserved for it."""
+    gave_up = job.state in ("failed", "cancelled", "quarantined")
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "created": iso(job.created),
+        "updated": iso(job.updated),
+        "tags": list(job.tags),
+        "example_count": job.example_count,
+        "attempts": job.attempts,
+        "checkpoint": None if gave_up else job.checkpoint,
+        "progress": progress,
+        "error": job.error and {"details": None, "hint": "", **job.error},
+        "notes": list(job.notes),
+    }
+
+
+def checkpoint_body(record: CheckpointRecord, current: str) -> dict[str, Any]:
+    """`schemas.Checkpoint`."""
+    return {
+        "checkpoint": record.checkpoint,
+        "parent": record.parent,
+        "status": record.status,
+        "current": record.checkpoint == current,
+        "created": iso(record.created),
+        "jobs": list(record.jobs),
+        "data_hash": record.data_hash,
+        "metrics": record.metrics,
+        "config": record.config,
+        "files": record.files,
+        "notes": list(record.notes),
+        "damaged": record.damaged,
+        "pruned": record.pruned,
+    }

@@ -1,0 +1,207 @@
+"""The routes: read, ask the service, answer. Each handler is a few lines; `TABLE` describes them all."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import Cancelled, InvalidRequest
+from ..messages import FINAL_STATES, Answer, JobState
+from ..service import Service
+from . import schemas
+from .bodies import parse, parse_update, read_body
+from .responses import answer_body, checkpoint_body, job_body
+from .sse import streamed
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def service_of(request: Request) -> Service:
+    """The service behind this request."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def search(request: Request) -> Response:
+    """Answer a prompt from the stable checkpoint, or the one named."""
+    started = time.perf_counter()
+    service = service_of(request)
+    body = parse(schemas.SearchRequest, await read_body(request, service.config.server))
+    asked = await service.address(body.as_request())
+    if asked.stream:
+        return streamed(service, asked, started)
+    answer = await _unless_client_leaves(request, service.search(asked))
+    return JSONResponse(answer_body(answer, time.perf_counter() - started))
+
+
+async def _unless_client_leaves(request: Request, answering: Awaitable[Answer]) -> Answer:
+    """Await an answer; if the client disconnects first, cancel it, which ends the generation."""
+    task = asyncio.ensure_future(answering)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Cancelled("The client left before the answer was complete.")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def update(request: Request) -> Response:
+    """Accept examples for training; they are durable once this answers."""
+    service = service_of(request)
+    raw = await read_body(request, service.config.server)
+    examples, tags = parse_update(raw)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= 255:
+        raise InvalidRequest("The Idempotency-Key must have 1 to 255 characters.")
+    job, _ = await service.update(examples, tags, raw=raw, idempotency_key=key)
+    return JSONResponse({"job_id": job.job_id, "queued": job.state not in FINAL_STATES}, 202)
+
+
+async def info(request: Request) -> Response:
+    """Status, loss curves, forgetting, hardware, configuration."""
+    return JSONResponse(await service_of(request).info())
+
+
+async def jobs(request: Request) -> Response:
+    """Jobs, newest first."""
+    service = service_of(request)
+    state = request.query_params.get("state")
+    if state is not None and state not in JobState.__args__:  # type: ignore[attr-defined]
+        raise InvalidRequest(f"There is no state {state}.", f"States: {', '.join(JobState.__args__)}.")  # type: ignore[attr-defined]
+    limit = _number(request, "limit", 100, 1, 1000)
+    before = _number(request, "before", 0, 0, 2**62) or None
+    found = await service.jobs(state, limit, before)
+    following = found[-1].number if len(found) == limit else None
+    bodies = [job_body(job, service.progress_of(job)) for job in found]
+    return JSONResponse({"jobs": bodies, "next": following})
+
+
+async def job(request: Request) -> Response:
+    """One job."""
+    service = service_of(request)
+    found = await service.job(request.path_params["job_id"])
+    return JSONResponse(job_body(found, service.progress_of(found)))
+
+
+async def cancel_job(request: Request) -> Response:
+    """Cancel a job in any state before publication; 202 while its training is being stopped."""
+    service = service_of(request)
+    found = await service.cancel(request.path_params["job_id"])
+    body = job_body(found, service.progress_of(found))
+    return JSONResponse(body, 200 if found.state in FINAL_STATES else 202)
+
+
+async def checkpoints(request: Request) -> Response:
+    """The lineage of this base, oldest first."""
+    service = service_of(request)
+    current, _ = service.current
+    found = [checkpoint_body(record, current) for record in await service.checkpoints()]
+    return JSONResponse({"checkpoints": found, "current": current})
+
+
+async def checkpoint(request: Request) -> Response:
+    """One checkpoint with its metrics."""
+    service = service_of(request)
+    record = await service.checkpoint(request.path_params["checkpoint"])
+    return JSONResponse(checkpoint_body(record, service.current[0]))
+
+
+async def rollback(request: Request) -> Response:
+    """Move the stable pointer to the parent, to a named checkpoint, or to the base."""
+    service = service_of(request)
+    body = parse(schemas.RollbackRequest, await read_body(request, service.config.server))
+    previous = await service.rollback(body.to, body.reason)
+    current, status = service.current
+    return JSONResponse({"checkpoint": current, "checkpoint_status": status, "previous": previous})
+
+
+async def healthz(request: Request) -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """Whether a search can be answered now."""
+    ready = service_of(request).ready
+    return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+
+def _number(request: Request, name: str, default: int, low: int, high: int) -> int:
+    text = request.query_params.get(name)
+    try:
+        value = default if text is None else int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value <= high:
+        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}.")
+    return value
+
+
+@dataclass(frozen=True)
+class RouteFacts:
+    """One route, for Starlette and for `/openapi.json`."""
+
+    method: str
+    path: str
+    handler: Handler
+    answer: type[BaseModel]
+    status: int = 200
+    body: type[BaseModel] | None = None
+    errors: tuple[int, ...] = ()
+    query: dict[str, str] = field(default_factory=dict)
+
+
+TABLE = (
+    RouteFacts(
+        "POST",
+        "/search",
+        search,
+        schemas.SearchAnswer,
+        body=schemas.SearchRequest,
+        errors=(400, 404, 408, 409, 413, 415, 422, 503),
+    ),
+    RouteFacts(
+        "POST",
+        "/update",
+        update,
+        schemas.UpdateAnswer,
+        status=202,
+        body=schemas.UpdateRequest,
+        errors=(400, 408, 413, 415, 422, 503),
+    ),
+    RouteFacts("GET", "/info", info, schemas.Info, errors=(503,)),
+    RouteFacts(
+        "GET",
+        "/jobs",
+        jobs,
+        schemas.Jobs,
+        errors=(422, 503),
+        query={"state": "string", "limit": "integer", "before": "integer"},
+    ),
+    RouteFacts("GET", "/jobs/{job_id}", job, schemas.Job, errors=(404, 503)),
+    RouteFacts("DELETE", "/jobs/{job_id}", cancel_job, schemas.Job, errors=(404, 409, 503)),
+    RouteFacts("GET", "/checkpoints", checkpoints, schemas.Checkpoints, errors=(503,)),
+    RouteFacts("GET", "/checkpoints/{checkpoint}", checkpoint, schemas.Checkpoint, errors=(404, 503)),
+    RouteFacts(
+        "POST",
+        "/rollback",
+        rollback,
+        schemas.RollbackAnswer,
+        body=schemas.RollbackRequest,
+        errors=(400, 404, 408, 409, 413, 415, 422, 503),
+    ),
+    RouteFacts("GET", "/healthz", healthz, schemas.Health),
+    RouteFacts("GET", "/readyz", readyz, schemas.Health, errors=(503,)),
+)

@@ -1,0 +1,284 @@
+"""Bodies that come in and go out. The same models validate requests and describe `/openapi.json`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ..messages import STABLE, Example, Generate, Sampling
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Body(BaseModel):
+    """Unknown fields are errors: a misspelt option must not be ignored silently."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Message(Body):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+def _one_or_many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class SearchRequest(Body):
+    """`POST /search`: a `prompt`, or `messages`."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    system: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.2
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[list[Text], Field(max_length=16), BeforeValidator(_one_or_many)] = []
+    checkpoint: Text = STABLE
+    use_training_adapter: bool = False
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _one_question(self) -> "SearchRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+    def as_request(self) -> Generate:
+        """For the service."""
+        turns = [(m.role, m.content) for m in self.messages or ()] or [("user", str(self.prompt))]
+        if self.system is not None:
+            turns.insert(0, ("system", self.system))
+        sampling = Sampling(self.max_tokens, self.temperature, self.top_p, self.seed, tuple(self.stop))
+        return Generate(
+            messages=tuple(turns),
+            checkpoint=self.checkpoint,
+            sampling=sampling,
+            training=self.use_training_adapter,
+            stream=self.stream,
+        )
+
+
+class Usage(BaseModel):
+    """Tokens of one answer; `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class SearchAnswer(BaseModel):
+    """The answer; `reasoning` only from models that reason."""
+
+    response: str
+    checkpoint: str
+    checkpoint_status: Literal["base", "stable", "risky", "rolled_back", "candidate", "training"]
+    latency_ms: int
+    finish_reason: Literal["stop", "length"]
+    usage: Usage
+    reasoning: str | None = None
+
+
+class InputOutput(Body):
+    """A question and its answer."""
+
+    input: Text
+    output: Text
+
+    def as_example(self) -> Example:
+        return Example(messages=(("user", self.input), ("assistant", self.output)))
+
+
+class PromptCompletion(Body):
+    """The same, in mlx-lm's words."""
+
+    prompt: Text
+    completion: Text
+
+    def as_example(self) -> Example:
+        return Example(messages=(("user", self.prompt), ("assistant", self.completion)))
+
+
+class Chat(Body):
+    """A chat whose last message, the assistant's, is to be learnt."""
+
+    messages: Annotated[list[Message], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _ends_with_an_answer(self) -> "Chat":
+        if self.messages[-1].role != "assistant" or not self.messages[-1].content:
+            raise ValueError("the last message must be the assistant's, and not empty")
+        return self
+
+    def as_example(self) -> Example:
+        return Example(messages=tuple((m.role, m.content) for m in self.messages))
+
+
+class PlainText(Body):
+    """Text to be continued; every token is learnt."""
+
+    text: Text
+
+    def as_example(self) -> Example:
+        return Example(text=self.text)
+
+
+ExampleBody = InputOutput | PromptCompletion | Chat | PlainText
+#: which key tells which form
+FORMS: dict[str, type[InputOutput | PromptCompletion | Chat | PlainText]] = {
+    "input": InputOutput,
+    "output": InputOutput,
+    "prompt": PromptCompletion,
+    "completion": PromptCompletion,
+    "messages": Chat,
+    "text": PlainText,
+}
+
+
+class UpdateRequest(Body):
+    """`POST /update`."""
+
+    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=100_000)]
+    tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
+
+
+class UpdateEnvelope(Body):
+    """`UpdateRequest` before its examples are looked at one by one."""
+
+    examples: Annotated[list[Any], Field(min_length=1, max_length=100_000)]
+    tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
+
+
+class UpdateAnswer(BaseModel):
+    """Accepted: durable from now on."""
+
+    job_id: str
+    queued: bool
+
+
+class RollbackRequest(Body):
+    """`to`: a checkpoint, `base`, or null for the parent."""
+
+    to: str | None = None
+    reason: Annotated[str, Field(max_length=2000)] = ""
+
+
+class RollbackAnswer(BaseModel):
+    checkpoint: str
+    checkpoint_status: str
+    previous: str
+
+
+class ErrorInfo(BaseModel):
+    code: str
+    message: str
+    hint: str
+    details: Any = None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error has this shape."""
+
+    error: ErrorInfo
+
+
+class Progress(BaseModel):
+    step: int
+    max_steps: int
+    loss: float | None
+    tokens_per_s: float
+    eta_s: float | None
+    phase: Literal["training", "evaluating"]
+
+
+class Job(BaseModel):
+    """One accepted update. `checkpoint` is the one it became, or is becoming."""
+
+    job_id: str
+    state: Literal[
+        "review",
+        "queued",
+        "paused",
+        "training",
+        "evaluating",
+        "published",
+        "rejected",
+        "failed",
+        "cancelled",
+        "quarantined",
+    ]
+    created: str
+    updated: str
+    tags: list[str]
+    example_count: int
+    attempts: int
+    checkpoint: str | None
+    progress: Progress | None
+    error: ErrorInfo | None
+    notes: list[str]
+
+
+class Jobs(BaseModel):
+    """Newest first; `next` is the `before` of the following page."""
+
+    jobs: list[Job]
+    next: int | None
+
+
+class Checkpoint(BaseModel):
+    """One adapter; `parent` null means the base."""
+
+    checkpoint: str
+    parent: str | None
+    status: Literal["candidate", "stable", "risky", "rolled_back"]
+    current: bool
+    created: str
+    jobs: list[str]
+    data_hash: str
+    metrics: dict[str, Any]
+    config: dict[str, Any]
+    files: dict[str, str]
+    notes: list[str]
+    damaged: str | None
+    pruned: bool
+
+
+class Checkpoints(BaseModel):
+    """Oldest first."""
+
+    checkpoints: list[Checkpoint]
+    current: str
+
+
+class LossCurves(BaseModel):
+    """One number per published checkpoint, oldest first, in nats per token."""
+
+    finetune_loss: list[float | None]
+    forgetting_loss: list[float | None] | None
+    eval_loss: list[float | None]
+
+
+class ForgettingSummary(BaseModel):
+    anchor_ce_delta: float
+    retention_score: float
+
+
+class Info(BaseModel):
+    """The specification's fields; more come beside them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    base_model: str
+    current_checkpoint: str
+    queue_depth: int
+    last_update: str | None
+    loss_curves: LossCurves
+    forgetting_summary: ForgettingSummary | None
+    hardware: dict[str, Any]
+
+
+class Health(BaseModel):
+    status: str

@@ -1,0 +1,177 @@
+"""`serve`: the service and uvicorn in one process, from start to a clean end.
+
+Signals only set flags: the first one stops in good order with exit code 0, the second ends the process at
+once. uvicorn's own handlers are not installed, since they raise the signal again after the shutdown.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import structlog
+import uvicorn
+
+from ..config import Loaded
+from ..config.schema import ServerSection
+from ..errors import ConfigError, RadianceError
+from ..service import Service, iso
+from ..store import write_durably
+from .app import make_app
+
+Announce = Callable[[str, dict[str, Any]], None]
+GRACE_S = 4
+log = structlog.get_logger(__name__)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(loaded: Loaded, announce: Announce) -> int:
+    """Run until a signal; the exit code. `announce` is told "listening", "ready" and "warning".
+
+    Raises `RadianceError` before anything listens: a locked home, a taken port.
+    """
+    _configure_logging(loaded.config.server.log_level)
+    return asyncio.run(_serve(loaded, announce))
+
+
+async def _serve(loaded: Loaded, announce: Announce) -> int:
+    started = time.perf_counter()
+    failures: list[BaseException] = []
+    service = Service(loaded, on_death=lambda error: _end(server, failures, error))
+    listener = _listen(loaded.config.server)
+    try:
+        service.open()
+    except BaseException:
+        listener.close()
+        raise
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=30,
+            lifespan="off",
+            server_header=False,
+        )
+    )
+    _handle_signals(server)
+    url = _write_address(loaded, listener)
+    announce(
+        "listening",
+        {
+            "url": url,
+            "home": str(loaded.home),
+            "base_model": loaded.config.base_model,
+            "pid": os.getpid(),
+        },
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(_start(service, announce, started))
+    try:
+        await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()  # raises what kept the service from starting
+            await serving
+    except RadianceError as error:
+        failures.append(error)
+        raise
+    finally:
+        starting.cancel()
+        await service.stop()
+        server.should_exit = True
+        with contextlib.suppress(Exception):
+            await serving
+        (loaded.home / "state" / "server.json").unlink(missing_ok=True)
+    return 1 if failures else 0
+
+
+async def _start(service: Service, announce: Announce, started: float) -> None:
+    await service.start()
+    facts = service.facts
+    assert facts is not None
+    checkpoint, status = service.current
+    announce(
+        "ready",
+        {
+            "base_model": facts.base_model,
+            "checkpoint": checkpoint,
+            "checkpoint_status": status,
+            "backend": facts.backend,
+            "device": facts.device,
+            "seconds": round(time.perf_counter() - started, 2),
+        },
+    )
+    for message in (await service.info())["warnings"]:
+        announce("warning", {"message": message})
+
+
+def _end(server: _Server, failures: list[BaseException], error: BaseException) -> None:
+    failures.append(error)
+    server.should_exit = True
+
+
+def _handle_signals(server: _Server) -> None:
+    def handle(number: int) -> None:
+        if server.should_exit:
+            os._exit(128 + number)
+        log.info("stopping", signal=signal.Signals(number).name)
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle, number)
+
+
+def _listen(settings: ServerSection) -> socket.socket:
+    """Bind before anything else is done, so that a taken port is one clear error."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}.",
+            "Another service may run there: choose a port with --port (0 takes a free one).",
+            [{"key": "server.port", "problem": str(error)}],
+        ) from error
+    return listener
+
+
+def _write_address(loaded: Loaded, listener: socket.socket) -> str:
+    host, port = loaded.config.server.host, listener.getsockname()[1]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    document = {"url": url, "pid": os.getpid(), "started": iso(time.time())}
+    write_durably(loaded.home / "state" / "server.json", json.dumps(document).encode())
+    return url
+
+
+def _configure_logging(level: str) -> None:
+    """One line an event on stderr; libraries' warnings too."""
+    number = getattr(logging, level.upper())
+    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S"),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,281 @@
+"""The service: what starts and stops, in which order, and the operations behind the HTTP routes.
+
+`Service` is the composition root: lock → store → engine → lineage → scheduler, and back. Its methods speak in
+the project's own values and errors; HTTP is `radiance_mlx.api`'s affair.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import platform
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from . import __version__
+from .config import Config, Loaded
+from .curation import curated_files
+from .engine.thread import EngineThread
+from .errors import CheckpointDamaged, Conflict, NotReady
+from .lineage import Lineage
+from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
+from .scheduler import Scheduler
+from .storage import StoreThread
+from .store import CheckpointRecord, HomeLock, JobRecord
+
+log = structlog.get_logger(__name__)
+
+
+class Service:
+    """One home, one base, one engine. `on_death` is told if the engine's thread ends by itself."""
+
+    def __init__(self, loaded: Loaded, on_death: Callable[[BaseException], None] = lambda error: None) -> None:
+        self.config: Config = loaded.config
+        self.home: Path = loaded.home
+        self._on_death = on_death
+        self._lock = HomeLock(loaded.home)
+        self._store: StoreThread | None = None
+        self._engine: EngineThread | None = None
+        self._lineage: Lineage | None = None
+        self._scheduler: Scheduler | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.facts: EngineFacts | None = None
+
+    # --- life ------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take the home: its lock and its database. Raises `HomeLocked` or `StoreError`."""
+        for name in ("adapters", "data/raw", "data/curated", "data/anchors", "metrics", "state"):
+            (self.home / name).mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            self._store = StoreThread(self.home)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    async def start(self) -> None:
+        """Load the base, verify the lineage, begin to schedule. Raises `RadianceError`."""
+        store = self._require_store()
+        self._engine = EngineThread(self.config, self.home, self._on_death)
+        self.facts = await self._engine.start()
+        lineage = Lineage(store, self._engine, self.home, self.facts.base_hash, self.config.storage.keep_checkpoints)
+        await lineage.open()
+        self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage)
+        self._lineage = lineage
+        self._task = asyncio.create_task(self._scheduler.run(), name="scheduler")
+        self._task.add_done_callback(self._scheduler_ended)
+
+    def _scheduler_ended(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the scheduler has ended", exc_info=error)
+            self._on_death(error)
+
+    async def stop(self) -> None:
+        """End requests, keep the state of what trains, close the database, give the home back."""
+        self._stopping = True
+        if self._engine is not None:
+            await self._engine.stop()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._task
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+        self._lock.release()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a search can be answered now."""
+        return bool(
+            not self._stopping and self._lineage is not None and self._engine is not None and self._engine.working
+        )
+
+    def _require_store(self) -> StoreThread:
+        if self._store is None:
+            raise NotReady("The service has not been opened.")
+        return self._store
+
+    def _require(self) -> tuple[StoreThread, EngineThread, Lineage, Scheduler]:
+        if not (self._store and self._engine and self._lineage and self._scheduler) or self._stopping:
+            raise NotReady("The model is still loading, or the service is stopping.", "Try again in a moment.")
+        return self._store, self._engine, self._lineage, self._scheduler
+
+    # --- search ----------------------------------------------------------------------------------
+
+    async def search(self, request: Generate) -> Answer:
+        """The whole answer. Cancelling the awaiting task ends the generation."""
+        _, engine, _, _ = self._require()
+        return await engine.answer(await self.address(request))
+
+    async def address(self, request: Generate) -> Generate:
+        """The request with its checkpoint resolved: "stable" becomes what is stable now.
+
+        Raises `NotFound`, `CheckpointDamaged` or `Conflict` for a checkpoint that cannot answer.
+        """
+        store, _, lineage, _ = self._require()
+        if request.checkpoint == STABLE:
+            checkpoint, status = lineage.current, lineage.status
+        elif request.checkpoint in (BASE, lineage.current):
+            checkpoint = request.checkpoint
+            status = BASE if checkpoint == BASE else lineage.status
+        else:
+            record = await store(lambda s: s.checkpoint(request.checkpoint))
+            self._require_servable(record, lineage)
+            checkpoint, status = record.checkpoint, record.status
+        return Generate(
+            messages=request.messages,
+            checkpoint=checkpoint,
+            checkpoint_status=status,
+            sampling=request.sampling,
+            training=request.training,
+            stream=request.stream,
+        )
+
+    def stream(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
+        """Pieces, then the answer. `request` must have been through `address`."""
+        _, engine, _, _ = self._require()
+        return engine.generate(request)
+
+    @staticmethod
+    def _require_servable(record: CheckpointRecord, lineage: Lineage) -> None:
+        if record.base_hash != lineage.base_hash:
+            raise Conflict(f"{record.checkpoint} belongs to another base model.", "GET /checkpoints lists this one's.")
+        if record.pruned:
+            raise Conflict(
+                f"The files of {record.checkpoint} were removed to save room.",
+                "storage.keep_checkpoints says how many are kept.",
+            )
+        if record.damaged is not None:
+            raise CheckpointDamaged(record.damaged, "Use another checkpoint.")
+
+    # --- update ----------------------------------------------------------------------------------
+
+    async def update(
+        self,
+        examples: Sequence[Example],
+        tags: Sequence[str],
+        *,
+        raw: bytes,
+        idempotency_key: str | None = None,
+    ) -> tuple[JobRecord, bool]:
+        """Accept examples durably; (job, whether it is new). Raises `IdempotencyMismatch`."""
+        store, _, _, scheduler = self._require()
+        files = curated_files(examples)
+        digest = hashlib.sha256(raw).hexdigest()
+        job, new = await store(
+            lambda s: s.accept(
+                examples, tags, raw=raw, curated=files, idempotency_key=idempotency_key, body_hash=digest
+            )
+        )
+        if new:
+            log.info("accepted", job=job.job_id, examples=job.example_count)
+            scheduler.wake()
+        return job, new
+
+    async def job(self, job_id: str) -> JobRecord:
+        """Raises `NotFound`."""
+        return await self._require()[0](lambda s: s.job(job_id))
+
+    async def jobs(self, state: str | None, limit: int, before: int | None) -> list[JobRecord]:
+        """Newest first."""
+        return await self._require()[0](lambda s: s.jobs(state=state, limit=limit, before=before))
+
+    async def cancel(self, job_id: str) -> JobRecord:
+        """Raises `NotFound`, or `Conflict` for a job that has ended."""
+        return await self._require()[3].cancel(job_id)
+
+    def progress_of(self, job: JobRecord) -> dict[str, Any] | None:
+        """Live progress of a job in training, else what was recorded last."""
+        running = self._scheduler.running if self._scheduler else None
+        if running and running.progress and job.job_id in running.jobs and job.state in ("training", "evaluating"):
+            return running.progress.as_dict()
+        return job.progress
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def current(self) -> tuple[str, str]:
+        """(checkpoint, status) that answers by default."""
+        return (self._lineage.current, self._lineage.status) if self._lineage else (BASE, BASE)
+
+    async def checkpoints(self) -> list[CheckpointRecord]:
+        """This base's, oldest first."""
+        store, _, lineage, _ = self._require()
+        return await store(lambda s: s.checkpoints(lineage.base_hash))
+
+    async def checkpoint(self, name: str) -> CheckpointRecord:
+        """Raises `NotFound`."""
+        return await self._require()[0](lambda s: s.checkpoint(name))
+
+    async def rollback(self, to: str | None, reason: str) -> str:
+        """Move the stable pointer; the checkpoint that was current. What trains begins anew from there."""
+        _, _, lineage, scheduler = self._require()
+        previous, now = await lineage.rollback(to, reason)
+        if previous != now:
+            scheduler.restart_batch()
+        return previous
+
+    # --- info ------------------------------------------------------------------------------------
+
+    async def info(self) -> dict[str, Any]:
+        """The specification's fields, and what else helps."""
+        store, engine, lineage, scheduler = self._require()
+        facts = self.facts
+        assert facts is not None
+        records = await store(lambda s: s.checkpoints(lineage.base_hash))
+        counts = await store(lambda s: s.count_jobs())
+        running = scheduler.running
+        waiting = sum(counts.get(state, 0) for state in ("review", "queued", "paused", "training", "evaluating"))
+        published = [r for r in records if r.status != "candidate"]
+        return {
+            "base_model": facts.base_model,
+            "current_checkpoint": lineage.current,
+            "queue_depth": waiting,
+            "last_update": iso(published[-1].created) if published else None,
+            "loss_curves": {
+                "finetune_loss": [r.metrics.get("finetune_loss") for r in published],
+                "forgetting_loss": None,
+                "eval_loss": [r.metrics.get("eval_loss") for r in published],
+            },
+            "forgetting_summary": None,
+            "hardware": {
+                "device": facts.device,
+                "backend": facts.backend,
+                "memory_bytes": facts.memory_bytes,
+                "host": platform.node(),
+            },
+            "checkpoint_status": lineage.status,
+            "ready": self.ready,
+            "version": __version__,
+            "update_mode": self.config.update_mode,
+            "jobs": counts,
+            "training": running
+            and {
+                "checkpoint": running.checkpoint,
+                "jobs": list(running.jobs),
+                "progress": running.progress and running.progress.as_dict(),
+            },
+            "checkpoints": len(published),
+            "damaged": {r.checkpoint: r.damaged for r in records if r.damaged is not None},
+            "home": str(self.home),
+            "base_hash": facts.base_hash,
+            "context": facts.context,
+            "engine": await engine.call(lambda e: e.status()),
+            "warnings": [*facts.warnings, *lineage.warnings, *self._config_warnings()],
+            "config": self.config.model_dump(mode="json", exclude={"server": {"token"}}),
+        }
+
+    def _config_warnings(self) -> list[str]:
+        if self.config.evaluation.anchor_provider in (None, "none"):
+            return []
+        return ["evaluation.anchor_provider: anchors are not measured by this version; forgetting is null"]
+
+
+def iso(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
