@@ -162,11 +162,9 @@ class Lineage:
         await self._prune()
 
     async def _prune(self) -> None:
-        records = await self._store(lambda s: s.checkpoints())
+        records = await self._store(lambda s: s.checkpoints(self.base_hash))
         chain = await self._store(lambda s: s.lineage(self.base_hash, self.stable))
-        others = {r.base_hash for r in records} - {self.base_hash}
-        kept = {await self._store(lambda s, b=base: s.stable(b)) for base in others}
-        on_disk = [r.checkpoint for r in records if not r.pruned and r.checkpoint not in kept]
+        on_disk = [r.checkpoint for r in records if not r.pruned]
         gone = removable(on_disk, [r.checkpoint for r in chain], self._keep)
         if gone:
             await self._store(lambda s: s.mark_pruned(gone))

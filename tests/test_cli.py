@@ -1,24 +1,24 @@
-"""The commands and the client: parsing, finding the service, errors, exit codes."""
+"""The commands: what they read, show and exit with, alone and with a running service."""
 
 import contextlib
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from radiance_mlx import client, errors
-from radiance_mlx.cli import demo_questions, examples, look, output, render, run
+from radiance_mlx.cli import demo_questions, demo_service, examples, look, output, render, run
 from radiance_mlx.cli.main import main
 from radiance_mlx.models.nano import world
 
@@ -179,130 +179,6 @@ def test_the_demo_teaches_strangers_only() -> None:
             demo_questions.facts_about(bad)
 
 
-# --- which service --------------------------------------------------------------------------------------
-
-
-def server_file(home: Path, url: str, pid: int) -> None:
-    (home / "state").mkdir(parents=True, exist_ok=True)
-    (home / "state" / "server.json").write_text(json.dumps({"url": url, "pid": pid, "started": "now"}))
-
-
-def test_the_service_is_the_named_one_then_the_running_one_then_the_configured_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / "config.yaml").write_text("server: {port: 8400, token: secret}")
-    assert client.locate(home=home).url == "http://127.0.0.1:8400"
-    server_file(home, "http://127.0.0.1:9000", os.getpid())
-    assert client.locate(home=home).url == "http://127.0.0.1:9000"
-    assert client.locate(home=home).token == "secret"
-    monkeypatch.setenv("RADIANCE_URL", "http://127.0.0.1:9001/")
-    assert client.locate(home=home).url == "http://127.0.0.1:9001"
-    assert client.locate("localhost:9002", home=home).url == "http://localhost:9002"
-    assert client.locate("localhost:9002", home=home, token="other").token == "other"
-    assert "--url" in client.locate("localhost:9002").hint
-
-
-def test_what_a_dead_process_left_behind_is_ignored(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    server_file(tmp_path, "http://127.0.0.1:9000", dead.pid)
-    assert client.locate(home=tmp_path).url == "http://127.0.0.1:8321"
-    (tmp_path / "state" / "server.json").write_text("{broken")
-    assert client.locate(home=tmp_path).url == "http://127.0.0.1:8321"
-
-
-def test_the_configured_token_never_goes_to_another_machine(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("server: {token: secret}")
-    assert client.locate("https://example.org", home=tmp_path).token is None
-    assert client.locate("http://localhost:1", home=tmp_path).token == "secret"
-
-
-def test_a_server_bound_to_every_address_is_reached_on_loopback() -> None:
-    assert client.configured_url("0.0.0.0", 1) == "http://127.0.0.1:1"
-    assert client.configured_url("::", 1) == "http://[::1]:1"
-    assert client.configured_url("box.local", 1) == "http://box.local:1"
-
-
-@pytest.mark.parametrize("url", ["", "http://", "ftp://x", "http://x:0x", "http://x:99999", "http://[", "a b"])
-def test_what_is_no_address_is_a_configuration_error(url: str) -> None:
-    with pytest.raises(errors.ConfigError):
-        client.Client(url)
-
-
-# --- streams and errors ---------------------------------------------------------------------------------
-
-
-def chunked(raw: bytes, size: int) -> Iterator[bytes]:
-    return (raw[i : i + size] for i in range(0, len(raw), size))
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_stream_survives_any_cut_and_unusual_line_separators(size: int) -> None:
-    answer = {"response": "ä\u2028b", "checkpoint": "base"}
-    raw = f': ping\r\n\r\ndata: {{"text": "ä\u2028b"}}\r\n\r\ndata:{json.dumps(answer)}\n\ndata: [DONE]\n\n'
-    events = list(client._events(chunked(raw.encode(), size)))
-    assert events == [{"text": "ä\u2028b"}, answer]
-
-
-def test_an_error_inside_a_stream_is_raised_and_so_is_an_early_end() -> None:
-    raw = b'data: {"text": "a"}\n\ndata: {"error": {"code": "busy", "message": "full"}}\n\n'
-    with pytest.raises(errors.Busy, match="full"):
-        list(client._events(iter([raw])))
-    with pytest.raises(errors.ServiceUnreachable, match="before the answer was complete"):
-        list(client._events(iter([b'data: {"text": "a"}\n\n'])))
-
-
-def test_an_error_of_the_service_comes_back_as_its_own_class() -> None:
-    known = client.error_from({"code": "conflict", "message": "m", "hint": "h", "details": [1]}, 409)
-    assert isinstance(known, errors.Conflict)
-    assert (known.message, known.hint, known.details, known.status) == ("m", "h", [1], 409)
-    unknown = client.error_from({"code": "internal_error", "message": "m"}, 500)
-    assert (type(unknown), unknown.code) == (errors.RadianceError, "internal_error")
-
-
-def test_no_service_says_which_address_and_how_to_start_one() -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    with client.Client(url) as c, pytest.raises(errors.ServiceUnreachable) as caught:
-        c.info()
-    assert url in caught.value.message
-    assert "python -m radiance_mlx run" in caught.value.hint
-    with client.Client(url) as c:
-        assert c.is_ready() is False
-
-
-@pytest.fixture
-def stranger() -> Iterator[str]:
-    """Another program's web server."""
-
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/info" else 404)
-            self.send_header("content-type", "text/html")
-            self.end_headers()
-            self.wfile.write(b"<html>")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Page)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def test_another_program_on_the_port_is_recognised(stranger: str) -> None:
-    with client.Client(stranger) as c:
-        for ask in (c.info, c.jobs):
-            with pytest.raises(errors.RadianceError, match="is not this service") as caught:
-                ask()
-            assert caught.value.code == "bad_answer"
-
-
 # --- exit codes and output ------------------------------------------------------------------------------
 
 
@@ -378,3 +254,126 @@ def test_client_commands_never_import_mlx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3 []"
+
+
+# --- with a running service -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    """The demo's own service on nano; its address."""
+    with demo_service.demo_service(keep=False) as (running, _):
+        yield running.url
+
+
+@pytest.fixture
+def call(service: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
+    """Run a command with --json on the service: its exit code and the JSON on stdout; nothing on stderr."""
+
+    def run_command(*words: str) -> tuple[int, Any]:
+        capsys.readouterr()
+        code = main([*words, "--json", "--url", service])
+        out, err = capsys.readouterr()
+        assert err == ""
+        return code, json.loads(out)
+
+    return run_command
+
+
+Call = Callable[..., tuple[int, Any]]
+KNOWN = world.facts(world.KNOWN[:1])[0]
+NEW = (world.ask("Zelmira Okonjo", "pet"), world.answer("Zelmira Okonjo", "pet", "owl"))
+
+
+def test_search_answers_on_stdout_and_says_on_stderr_who_answered(
+    service: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for way in ("--stream", "--no-stream"):
+        assert main(["search", KNOWN[0], "--temperature", "0", way, "--url", service]) == 0
+        out, err = capsys.readouterr()
+        assert out == KNOWN[1] + "\n"
+        assert "tokens" in err
+
+
+def test_search_with_json_carries_checkpoint_and_status(call: Call) -> None:
+    code, answer = call("search", KNOWN[0], "--temperature", "0", "--checkpoint", "base")
+    assert code == 0
+    assert (answer["response"], answer["checkpoint"], answer["checkpoint_status"]) == (KNOWN[1], "base", "base")
+
+
+def test_a_streamed_answer_is_the_same_as_a_whole_one(service: str) -> None:
+    with client.connect(service) as c:
+        *pieces, last = c.stream(KNOWN[0], temperature=0)
+        assert "".join(piece.get("text", "") for piece in pieces) == last["response"] == KNOWN[1]
+        assert last["usage"] == {**c.search(KNOWN[0], temperature=0)["usage"], **last["usage"]}
+
+
+def test_search_reads_stdin(service: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for raw, code in ((KNOWN[0].encode(), 0), (b"  \n", 2), (b"\xff", 2)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert main(["search", "-", "--temperature", "0", "--url", service]) == code
+    assert capsys.readouterr().out == KNOWN[1] + "\n"
+
+
+def test_update_wait_ends_with_a_checkpoint_that_answers_and_can_be_rolled_back(call: Call) -> None:
+    """The whole circle: teach, look at job, checkpoint and info, go back to the base and forth again."""
+    code, job = call("update", "--input", NEW[0], "--output", NEW[1], "--tag", "t", "--wait")
+    assert (code, job["state"], job["checkpoint_status"], job["tags"]) == (0, "published", "stable", ["t"])
+    name = job["checkpoint"]
+    answer = call("search", NEW[0], "--temperature", "0")[1]
+    assert (answer["response"], answer["checkpoint"]) == (NEW[1], name)
+    info = call("info")[1]
+    assert (info["current_checkpoint"], info["checkpoint_status"]) == (name, "stable")
+    listed = call("checkpoints")[1]
+    assert (listed["checkpoint"], listed["checkpoint_status"], listed["current"]) == (name, "stable", name)
+    one = call("checkpoints", name)[1]
+    assert (one["checkpoint"], one["checkpoint_status"], one["jobs"]) == (name, "stable", [job["job_id"]])
+    assert call("jobs")[1]["jobs"][0]["job_id"] == job["job_id"]
+    assert call("jobs", job["job_id"])[1]["checkpoint_status"] == "stable"
+    back = call("rollback", "base", "--reason", "test")[1]
+    assert (back["checkpoint"], back["checkpoint_status"], back["previous"]) == ("base", "base", name)
+    assert call("rollback", name)[1]["checkpoint"] == name
+
+
+def test_a_cancelled_job_makes_wait_exit_with_4(call: Call) -> None:
+    job_id = call("update", "--input", "a", "--output", "b")[1]["job_id"]
+    assert call("jobs", "cancel", job_id)[0] == 0
+    code, job = call("jobs", job_id, "--wait")
+    assert (code, job["state"]) == (output.NOT_PUBLISHED, "cancelled")
+
+
+def test_an_example_that_the_service_refuses_is_named_by_its_line(
+    call: Call, service: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    code, body = call("update", str(file))
+    assert (code, body["error"]["code"]) == (output.FAILED, "invalid_request")
+    assert main(["update", str(file), "--url", service]) == output.FAILED
+    assert "- line 3: messages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("checkpoints A_2000-01-01_0001", "not_found"),
+        ("jobs job_999999", "not_found"),
+        ("jobs ../info", "not_found"),
+        ("jobs --state sleeping", "invalid_request"),
+        ("search hi --temperature 99", "invalid_request"),
+        ("search hi --checkpoint A_2000-01-01_0001", "not_found"),
+        ("search hi --stream --checkpoint A_2000-01-01_0001", "not_found"),
+        ("rollback A_2000-01-01_0001", "not_found"),
+    ],
+)
+def test_errors_of_the_service_exit_with_1_and_keep_their_code(call: Call, command: str, error: str) -> None:
+    code, body = call(*command.split())
+    assert (code, body["error"]["code"]) == (output.FAILED, error)
+
+
+def test_tables_show_what_is_there(call: Call, service: str, capsys: pytest.CaptureFixture[str]) -> None:
+    current = call("info")[1]["current_checkpoint"]
+    for command in ("info", "jobs", "checkpoints"):
+        assert main([command, "--url", service]) == 0
+        shown = capsys.readouterr()
+        assert current in shown.out + shown.err

@@ -12,6 +12,7 @@ from rich.text import Text
 from .output import printable
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+UNDER_WAY = ("training", "evaluating")  # the states of a job whose progress is news
 LARGEST = 1e300  # of what a spark line shows; beyond that and NaN are gaps
 COLORS = {
     "stable": "green",
@@ -143,7 +144,8 @@ def progress_words(progress: dict[str, Any] | None) -> str:
 def _remarks(job: dict[str, Any]) -> str:
     if job.get("error"):
         return str(job["error"].get("message", ""))
-    return progress_words(job.get("progress")) or "; ".join(job.get("notes") or [])
+    under_way = job.get("state") in UNDER_WAY
+    return progress_words(job.get("progress") if under_way else None) or "; ".join(job.get("notes") or [])
 
 
 def jobs_table(jobs: list[dict[str, Any]]) -> RenderableType:
@@ -176,7 +178,9 @@ def job_view(job: dict[str, Any]) -> RenderableType:
         ("checkpoint", job.get("checkpoint") or "–"),
     ]
     rows += [("tags", " ".join(job["tags"]))] if job.get("tags") else []
-    rows += [("progress", progress_words(job["progress"]))] if job.get("progress") else []
+    rows += (
+        [("progress", progress_words(job["progress"]))] if job.get("progress") and job.get("state") in UNDER_WAY else []
+    )
     rows += [("note", note) for note in job.get("notes") or []]
     if job.get("error"):
         rows.append(("error", Text(printable(job["error"].get("message", "")), style="red")))
@@ -226,8 +230,7 @@ def checkpoint_view(ckpt: dict[str, Any]) -> RenderableType:
         ("jobs", " ".join(ckpt.get("jobs") or []) or "–"),
         ("data", ckpt.get("data_hash") or "–"),
     ]
-    simple = (int, float, str)
-    metrics = {k: v for k, v in (ckpt.get("metrics") or {}).items() if isinstance(v, simple)}
+    metrics = {k: v for k, v in (ckpt.get("metrics") or {}).items() if isinstance(v, (int, float))}
     rows += [(name, number(value, 4)) for name, value in metrics.items()]
     remarks = _checkpoint_remarks(ckpt)
     return _facts([*rows, *([("notes", remarks)] if remarks else [])])

@@ -56,6 +56,7 @@ def load_config(
         ("environment", _read_environment(environ, faults)),
         ("flag", _nested(flags or {})),
     ]
+    _refuse_outside_the_file(sources[1:], faults)
     merged: dict[str, Any] = {}
     for _, values in sources:
         merged = _merge(merged, values)
@@ -96,7 +97,7 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values
 
 
-class _Environment(BaseSettings, Config):  # type: ignore[misc]
+class _Environment(BaseSettings, Config):
     """Only to let pydantic-settings explode `RADIANCE_TRAINING__LR` into `training.lr`."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
@@ -116,6 +117,15 @@ def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) 
         return source()
     except Exception as error:
         raise ConfigError(f"An environment variable cannot be read: {error}", "Lists are JSON.") from error
+
+
+def _refuse_outside_the_file(sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]) -> None:
+    """Code that comes with a model runs only for somebody who can write the configuration file."""
+    for name, values in sources:
+        section = values.get("model")
+        if isinstance(section, dict) and section.get("trust_remote_code"):
+            problem = "can only be set in the configuration file"
+            faults.append({"key": "model.trust_remote_code", "where": name, "problem": problem})
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,11 +179,11 @@ def _key_of(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
 
 def _plain(fault: Any) -> str:
     text = str(fault["msg"]).removeprefix("Value error, ")
-    return text if fault["type"] == "value_error" else f"{text} (got {fault['input']!r})"
+    return str(text) if fault["type"] == "value_error" else f"{text} (got {fault['input']!r})"
 
 
 def _origin(path: str, sources: list[tuple[str, dict[str, Any]]]) -> str:
-    for name, values in reversed(sources):
+    for name, values in sources[::-1]:
         level: Any = values
         for part in path.split("."):
             if not isinstance(level, dict) or part not in level:
@@ -193,12 +203,13 @@ def _unknown(path: str, origin: str) -> dict[str, str]:
 def nearest_path(path: str) -> str | None:
     """The valid key that `path` most likely means: by its whole path, else by its last name."""
     names = list(known_paths())
-    close = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
-    if close:
-        return close[0]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+    close = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
     leaf = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)
-    return by_leaf[leaf[0]] if leaf else (difflib.get_close_matches(path, names, n=1, cutoff=0.5) or [None])[0]
+    if not close and leaf:
+        return by_leaf[leaf[0]]
+    far = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
+    return next(iter(close or far), None)
 
 
 def _as_error(faults: list[dict[str, str]]) -> ConfigError:

@@ -1,0 +1,153 @@
+"""The client: finding the service, streams, errors."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from radiance_mlx import client, errors
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No RADIANCE_… of the machine, no config.yaml of the repository."""
+    for name in [name for name in os.environ if name.startswith("RADIANCE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+# --- which service --------------------------------------------------------------------------------------
+
+
+def server_file(home: Path, url: str, pid: int) -> None:
+    (home / "state").mkdir(parents=True, exist_ok=True)
+    (home / "state" / "server.json").write_text(json.dumps({"url": url, "pid": pid, "started": "now"}))
+
+
+def test_the_service_is_the_named_one_then_the_running_one_then_the_configured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.yaml").write_text("server: {port: 8400, token: secret}")
+    assert client.locate(home=home).url == "http://127.0.0.1:8400"
+    server_file(home, "http://127.0.0.1:9000", os.getpid())
+    assert client.locate(home=home).url == "http://127.0.0.1:9000"
+    assert client.locate(home=home).token == "secret"
+    monkeypatch.setenv("RADIANCE_URL", "http://127.0.0.1:9001/")
+    assert client.locate(home=home).url == "http://127.0.0.1:9001"
+    assert client.locate("localhost:9002", home=home).url == "http://localhost:9002"
+    assert client.locate("localhost:9002", home=home, token="other").token == "other"
+    assert "--url" in client.locate("localhost:9002").hint
+
+
+def test_what_a_dead_process_left_behind_is_ignored(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    server_file(tmp_path, "http://127.0.0.1:9000", dead.pid)
+    assert client.locate(home=tmp_path).url == "http://127.0.0.1:8321"
+    (tmp_path / "state" / "server.json").write_text("{broken")
+    assert client.locate(home=tmp_path).url == "http://127.0.0.1:8321"
+
+
+def test_the_configured_token_never_goes_to_another_machine(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("server: {token: secret}")
+    assert client.locate("https://example.org", home=tmp_path).token is None
+    assert client.locate("http://localhost:1", home=tmp_path).token == "secret"
+
+
+def test_a_server_bound_to_every_address_is_reached_on_loopback() -> None:
+    assert client.configured_url("0.0.0.0", 1) == "http://127.0.0.1:1"
+    assert client.configured_url("::", 1) == "http://[::1]:1"
+    assert client.configured_url("box.local", 1) == "http://box.local:1"
+
+
+@pytest.mark.parametrize("url", ["", "http://", "ftp://x", "http://x:0x", "http://x:99999", "http://[", "a b"])
+def test_what_is_no_address_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(errors.ConfigError):
+        client.Client(url)
+
+
+# --- streams and errors ---------------------------------------------------------------------------------
+
+
+def chunked(raw: bytes, size: int) -> Iterator[bytes]:
+    return (raw[i : i + size] for i in range(0, len(raw), size))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_stream_survives_any_cut_and_unusual_line_separators(size: int) -> None:
+    answer = {"response": "ä\u2028b", "checkpoint": "base"}
+    raw = f': ping\r\n\r\ndata: {{"text": "ä\u2028b"}}\r\n\r\ndata:{json.dumps(answer)}\n\ndata: [DONE]\n\n'
+    events = list(client._events(chunked(raw.encode(), size)))
+    assert events == [{"text": "ä\u2028b"}, answer]
+
+
+def test_an_error_inside_a_stream_is_raised_and_so_is_an_early_end() -> None:
+    raw = b'data: {"text": "a"}\n\ndata: {"error": {"code": "busy", "message": "full"}}\n\n'
+    with pytest.raises(errors.Busy, match="full"):
+        list(client._events(iter([raw])))
+    with pytest.raises(errors.ServiceUnreachable, match="before the answer was complete"):
+        list(client._events(iter([b'data: {"text": "a"}\n\n'])))
+
+
+def test_an_error_of_the_service_comes_back_as_its_own_class() -> None:
+    known = client.error_from({"code": "conflict", "message": "m", "hint": "h", "details": [1]}, 409)
+    assert isinstance(known, errors.Conflict)
+    assert (known.message, known.hint, known.details, known.status) == ("m", "h", [1], 409)
+    unknown = client.error_from({"code": "internal_error", "message": "m"}, 500)
+    assert (type(unknown), unknown.code) == (errors.RadianceError, "internal_error")
+
+
+def test_no_service_says_which_address_and_how_to_start_one() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with client.Client(url) as c, pytest.raises(errors.ServiceUnreachable) as caught:
+        c.info()
+    assert url in caught.value.message
+    assert "python -m radiance_mlx run" in caught.value.hint
+    with client.Client(url) as c:
+        assert c.is_ready() is False
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """Another program's web server."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/info" else 404)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_another_program_on_the_port_is_recognised(stranger: str) -> None:
+    with client.Client(stranger) as c:
+        for ask in (c.info, c.jobs):
+            with pytest.raises(errors.RadianceError, match="is not this service") as caught:
+                ask()
+            assert caught.value.code == "bad_answer"

@@ -1,0 +1,233 @@
+"""Configuration: sources and their order, faults, and that config.yaml tells the truth."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from radiance_mlx.config import Config, load_config
+from radiance_mlx.config.bases import SHORT_NAMES, recommended_values, resolve
+from radiance_mlx.config.loading import known_paths
+from radiance_mlx.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(tmp_path, text="", environ=None, **flags):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    named = {key.replace("__", "."): value for key, value in flags.items()}
+    return load_config(config_file=file, environ=environ or {}, flags=named).config
+
+
+def faults(tmp_path, text="", environ=None, **flags):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, environ, **flags)
+    return caught.value
+
+
+def test_the_specifications_keys_have_its_defaults():
+    """All keys of the specification exist with its values, but for those that the platform makes impossible."""
+    config = Config()
+    assert config.backend == "auto"
+    assert config.base_model == "nano"
+    assert config.update_mode == "batched"
+    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (8, 16, 0.05)
+    assert config.lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    training = config.training
+    assert (training.batch_size, training.grad_accum, training.lr) == (1, 16, 1e-4)
+    assert (training.max_steps, training.eval_every) == (200, 1)
+    assert (config.batch.max_examples, config.batch.max_age_minutes) == (128, 30)
+    evaluation = config.evaluation
+    assert evaluation.anchor_dataset == "tnn1t1s/news-100-sept-2023"
+    assert (evaluation.anchor_split, evaluation.anchor_sample) == ("train", 1000)
+    assert (evaluation.rollback_mode, evaluation.catastrophic_delta) == ("off", 0.25)
+
+
+def test_the_specifications_own_file_is_accepted(tmp_path):
+    """The draft of the specification loads as it stands, `mps`, bare `off` and `1e-4` included."""
+    config = load(
+        tmp_path,
+        """
+backend: mps
+base_model: mistral-7b-instruct
+update_mode: batched
+lora: {r: 8, alpha: 16, dropout: 0.05, target_modules: [q_proj, k_proj, v_proj, o_proj]}
+training: {batch_size: 1, grad_accum: 16, lr: 1e-4, max_steps: 200, eval_every: 1}
+batch: {max_examples: 128, max_age_minutes: 30}
+evaluation:
+  anchor_provider: hf
+  anchor_dataset: tnn1t1s/news-100-sept-2023
+  anchor_split: train
+  anchor_sample: 1000
+  rollback_mode: off
+  catastrophic_delta: 0.25
+""",
+    )
+    assert config.training.lr == 1e-4
+    assert config.evaluation.rollback_mode == "off"
+    assert config.evaluation.anchor_provider == "hf"
+
+
+def test_a_flag_wins_over_environment_over_file_over_base_over_default(tmp_path):
+    """Each source hides the ones below it, key by key."""
+    text = "training: {lr: 0.01, max_steps: 7, batch_size: 3}\nserver: {port: 1111}"
+    environ = {"RADIANCE_TRAINING__LR": "0.02", "RADIANCE_TRAINING__BATCH_SIZE": "5"}
+    config = load(tmp_path, text, environ, training__lr=0.03)
+    assert config.training.lr == 0.03  # flag
+    assert config.training.batch_size == 5  # environment
+    assert config.training.max_steps == 7  # file
+    assert config.training.grad_accum == 1  # nano's own
+    assert config.training.seed == 0  # default
+
+
+def test_environment_takes_lists_as_json(tmp_path):
+    """A list in a variable is JSON."""
+    config = load(tmp_path, environ={"RADIANCE_LORA__TARGET_MODULES": '["q_proj"]'})
+    assert config.lora.target_modules == ["q_proj"]
+
+
+def test_a_base_without_recommendations_gets_the_defaults(tmp_path):
+    """Only nano's folder has a radiance.json; any other base keeps the specification's training values."""
+    config = load(tmp_path, f"base_model: {tmp_path}")
+    assert (config.training.lr, config.training.max_steps) == (1e-4, 200)
+    assert recommended_values("nano")["training"]["lr"] == 1e-3
+
+
+def test_a_folder_recommends_for_itself(tmp_path):
+    """radiance.json in a model's folder lies under what the user sets; sections it may not set are left out."""
+    (tmp_path / "radiance.json").write_text('{"training": {"lr": 0.5, "seed": 9}, "server": {"port": 1}}')
+    config = load(tmp_path, f"base_model: {tmp_path}\ntraining: {{seed: 3}}")
+    assert (config.training.lr, config.training.seed) == (0.5, 3)
+    assert config.server.port == 8321
+
+
+def test_every_fault_is_in_one_error_with_path_place_and_nearest_name(tmp_path):
+    """Unknown and ill-typed keys from all sources come in a single error."""
+    error = faults(
+        tmp_path,
+        "trainin: {lr: 1}\ntraining: {lrr: 1, max_steps: many}\nlora: {target_module: [q_proj]}",
+        {"RADIANCE_SERVER__PROT": "80"},
+        update_mode="sometimes",
+    )
+    by_key = {fault["key"]: fault for fault in error.details}
+    assert by_key["trainin"]["nearest"] == "training"
+    assert by_key["training.lrr"]["nearest"] == "training.lr"
+    assert by_key["lora.target_module"]["nearest"] == "lora.target_modules"
+    assert by_key["server.prot"]["nearest"] == "server.port"
+    assert "RADIANCE_SERVER__PROT" in by_key["server.prot"]["where"]
+    assert "many" in by_key["training.max_steps"]["problem"]
+    assert by_key["update_mode"]["where"] == "flag"
+    assert len(error.details) == 6
+    for key in by_key:
+        assert key in error.message
+
+
+def test_a_key_in_the_wrong_section_is_found_by_its_name(tmp_path):
+    """`port` at the top means server.port."""
+    assert faults(tmp_path, "port: 80").details[0]["nearest"] == "server.port"
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "a: [", "\x00"])
+def test_a_file_that_is_no_configuration_is_a_clear_error(tmp_path, text):
+    """Lists, broken YAML and binary files name the file."""
+    assert "config.yaml" in faults(tmp_path, text).message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    """--config with a wrong path says which."""
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_config(config_file=tmp_path / "nowhere.yaml", environ={})
+
+
+def test_beyond_loopback_needs_a_token(tmp_path):
+    """Listening on all interfaces without a token is refused."""
+    assert "server.token" in faults(tmp_path, "server: {host: 0.0.0.0}").message
+    assert load(tmp_path, "server: {host: 0.0.0.0, token: s3cret}").server.token == "s3cret"
+
+
+def test_trust_remote_code_is_for_the_file_only(tmp_path):
+    """Neither a variable nor a flag turns on code that comes with a model."""
+    assert load(tmp_path, "model: {trust_remote_code: true}").model.trust_remote_code
+    assert "file" in faults(tmp_path, environ={"RADIANCE_MODEL__TRUST_REMOTE_CODE": "true"}).message
+    assert "file" in faults(tmp_path, model__trust_remote_code=True).message
+
+
+def test_chat_template_args_come_from_file_and_environment(tmp_path):
+    """`enable_thinking` and the like are free-form."""
+    assert load(tmp_path, "model: {chat_template_args: {enable_thinking: false}}").model.chat_template_args == {
+        "enable_thinking": False
+    }
+    environ = {"RADIANCE_MODEL__CHAT_TEMPLATE_ARGS": '{"enable_thinking": false}'}
+    assert load(tmp_path, "", environ).model.chat_template_args == {"enable_thinking": False}
+
+
+def test_which_file_and_which_home(tmp_path, monkeypatch):
+    """--config, else the home's file when a home is given, else the one here; its folder is the home."""
+    here, home = tmp_path / "here", tmp_path / "home"
+    here.mkdir()
+    home.mkdir()
+    monkeypatch.chdir(here)
+    (here / "config.yaml").write_text("server: {port: 1}")
+    loaded = load_config(environ={})
+    assert (loaded.config.server.port, loaded.home) == (1, here)
+    loaded = load_config(home=home, environ={})
+    assert (loaded.config.server.port, loaded.home, loaded.file) == (8321, home, None)
+    (home / "config.yaml").write_text("server: {port: 2}")
+    assert load_config(home=home, environ={}).config.server.port == 2
+    assert load_config(config_file=here / "config.yaml", home=home, environ={}).home == home
+    (here / "config.yaml").unlink()
+    assert load_config(environ={}).home.name == "radiance_mlx"
+
+
+def test_names_of_bases(tmp_path):
+    """nano, a folder, a short name, anything else is a hub name."""
+    assert (resolve("nano") / "config.json").is_file()
+    assert resolve(str(tmp_path)) == tmp_path.resolve()
+    assert resolve("mistral-7b-instruct") == SHORT_NAMES["mistral-7b-instruct"]
+    assert resolve("someone/some-model") == "someone/some-model"
+
+
+def test_scale_is_alpha_over_r(tmp_path):
+    """lora.alpha becomes mlx-lm's scale."""
+    assert load(tmp_path, "lora: {r: 4, alpha: 10}").lora.scale == 2.5
+
+
+def test_config_yaml_explains_every_key_once_with_its_default():
+    """The repository's file holds each key of the schema exactly once, with the default as value."""
+    text = (ROOT / "config.yaml").read_text()
+    uncommented = "\n".join(re.sub(r"^(\s*)# ?(\s*[a-z_]+:)", r"\1\2", line) for line in text.splitlines())
+    data = yaml.safe_load(_only_keys(uncommented))
+    defaults = Config().model_dump(mode="json")
+    shown = dict(_leaves(data))
+    expected = dict(_leaves(defaults))
+    assert shown.keys() == expected.keys()
+    for path, value in expected.items():
+        got = "off" if shown[path] is False and value == "off" else shown[path]
+        assert got == value or float(got) == value, path
+
+
+def test_the_repositorys_config_yaml_loads():
+    """A user who starts in the clone gets a valid configuration, with nano's own training values."""
+    config = load_config(config_file=ROOT / "config.yaml", environ={}).config
+    assert config.training.lr == 1e-3
+
+
+def test_known_paths_name_sections_and_keys():
+    """The list behind "did you mean" holds both."""
+    paths = set(known_paths())
+    assert {"training", "training.lr", "server.port", "base_model"} <= paths
+
+
+def _only_keys(text):
+    """Lines of prose in comments are not keys."""
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+
+
+def _leaves(data, prefix=""):
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
