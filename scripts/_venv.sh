@@ -43,7 +43,7 @@ print(hashlib.sha256(b"\0".join(open(name, "rb").read() for name in sys.argv[1:]
 
 _install() {
   _say "Installing the locked packages into .venv (once; a minute or two) …"
-  local pip=("$python" -m pip --disable-pip-version-check --quiet install)
+  local pip=("$python" -m pip --disable-pip-version-check -qq install)
   if ! "${pip[@]}" -r requirements.lock || ! "${pip[@]}" --no-deps -e .; then
     _say "The packages could not be installed: is the network there, and https://pypi.org reachable?"
     return 1

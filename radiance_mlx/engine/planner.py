@@ -31,18 +31,21 @@ class Planner:
     def __init__(self, share: float) -> None:
         self._share = share
         self._owed = 0.0  # seconds of background work that the account allows; negative: paid back first
+        self._contended = False
 
     def next(self, load: Load) -> Action:
         """The action for this load."""
-        contended = load.requests > 0 and load.background
-        if not contended:
+        self._contended = load.requests > 0 and load.background
+        if not self._contended:
             self._owed = 0.0
         if load.requests == 0:
             return Action.BACKGROUND if load.background else Action.WAIT
-        return Action.BACKGROUND if contended and self._owed > 0 else Action.GENERATE
+        return Action.BACKGROUND if self._contended and self._owed > 0 else Action.GENERATE
 
     def charge(self, action: Action, seconds: float) -> None:
         """Tell how long the last action took."""
+        if not self._contended:
+            return
         if action is Action.GENERATE:
             self._owed += seconds * self._share / (1.0 - self._share)
         elif action is Action.BACKGROUND:

@@ -58,6 +58,8 @@ def load_adapter(folder: Path) -> AdapterWeights:
         scale = float(config["lora_parameters"]["scale"])
         paths = sorted({name.rsplit(".", 1)[0] for name in weights})
         pairs = {path: (weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]) for path in paths}
-    except (OSError, ValueError, KeyError) as error:
+        if not pairs:
+            raise ValueError("it holds no weights")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} is not an adapter that mlx-lm can load: {error}") from error
     return AdapterWeights(pairs, scale)

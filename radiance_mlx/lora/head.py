@@ -40,13 +40,13 @@ def install_head(tree: nn.Module, vocab_size: int) -> TargetRows | None:
     originals = [(module, type(module)) for module in heads]
     for module in heads:
         module.__class__ = _taking(type(module), rows)
-    probe = mx.zeros((1, 2), dtype=mx.int32)
+    probe = mx.array([[0, 1]])
     try:
         full = tree(probe)
         calls = rows.hits
         rows.positions = mx.array([1])
         part = tree(probe)
-        certain = calls == 1 and part.shape[1] == 1 and mx.allclose(part[0, 0], full[0, 1], atol=1e-4).item()
+        certain = calls == 1 and part.shape[1] == 1 and _alike(part[0, 0], full[0, 1])
     except (ValueError, TypeError, AttributeError):
         certain = False
     rows.positions = None
@@ -55,6 +55,12 @@ def install_head(tree: nn.Module, vocab_size: int) -> TargetRows | None:
     for module, kind in originals:
         module.__class__ = kind
     return None
+
+
+def _alike(part: mx.array, full: mx.array) -> bool:
+    """Equal but for rounding, which in half precision differs with the shape of a product."""
+    part, full = part.astype(mx.float32), full.astype(mx.float32)
+    return bool((mx.abs(part - full).max() <= 0.02 * (full.max() - full.min())).item())
 
 
 def _candidates(tree: nn.Module, vocab_size: int) -> list[nn.Module]:

@@ -5,6 +5,7 @@ outputs forward, then each module's gradients in reversed call order. No result 
 between two pieces the engine may decode.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,11 +72,8 @@ class MicroBatch:
     def pieces(self, batch: Batch, key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
         """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
         tape = self._tree.tape
-        tape.start(key)
-        try:
+        with self._tree.forward(key):
             (result.loss, result.tokens, outputs), grads = self._value_and_grad(self._tree.module, *batch)
-        finally:
-            tape.active = False
         tape.outputs = []
         result.grads = dict(tree_flatten(grads))
         del grads
@@ -83,22 +81,19 @@ class MicroBatch:
             piece, outputs[i] = Piece([outputs[i]]), None  # evaluated outputs must not be held
             yield piece
         yield Piece([result.loss])
-        for group in reversed(_by_call_order(result.grads, tape.order, tape.record_linears)):
+        for group in reversed(_by_call_order(result.grads, tape.order)):
             yield Piece(group)
 
 
-def _by_call_order(grads: dict[str, mx.array], order: list[str], by_module: bool) -> list[list[mx.array]]:
-    """Gradients grouped by module (or by layer, when only layers were noted), first called first."""
-    if not by_module:
-        groups: dict[str, list[mx.array]] = {}
-        for name, grad in grads.items():
-            groups.setdefault(name.split(".layers.")[-1].split(".")[0], []).append(grad)
-        return list(groups.values())
+def _by_call_order(grads: dict[str, mx.array], order: list[str]) -> list[list[mx.array]]:
+    """Gradients grouped by the module (or the layer, when layers were noted) they belong to, first called first."""
     called = {path: position for position, path in enumerate(order)}
-    by_path: dict[str, list[mx.array]] = {}
+    groups: dict[int, list[mx.array]] = {}
     for name, grad in grads.items():
-        by_path.setdefault(name.rsplit(".", 1)[0], []).append(grad)
-    return [by_path[path] for path in sorted(by_path, key=lambda path: called.get(path, -1))]
+        parents = itertools.accumulate(name.split("."), "{}.{}".format)
+        position = next((called[path] for path in parents if path in called), len(order))
+        groups.setdefault(position, []).append(grad)
+    return [groups[position] for position in sorted(groups)]
 
 
 def add_grads(total: dict[str, mx.array] | None, grads: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -170,10 +170,11 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
+        step = min(self.step + 1, self.settings.max_steps)
         raise NonFinite(
-            f"The {what} became non-finite at step {self.step + 1} (loss {loss}, gradient norm {norm}).",
+            f"The {what} became non-finite at step {step} (loss {loss}, gradient norm {norm}).",
             "Lower training.lr, or keep training.clip_norm at 1.0; nothing was published.",
-            {"step": self.step + 1},
+            {"step": step},
         )
 
     # --- evaluation ------------------------------------------------------------------------------
@@ -183,12 +184,11 @@ class Trainer:
         total, count = 0.0, 0
         for batch in batches_once(examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length):
             self.tree.module.eval()
-            self.tree.tape.start(mx.random.key(0))
             try:
-                loss, tokens = self._loss(self.tree.module, *batch)
+                with self.tree.forward(mx.random.key(0)):
+                    loss, tokens = self._loss(self.tree.module, *batch)
             finally:
                 self.tree.module.train()
-                self.tree.tape.active = False
             outputs, self.tree.tape.outputs = self.tree.tape.outputs, []
             for i in range(len(outputs)):
                 piece, outputs[i] = Piece([outputs[i]]), mx.array(0)
@@ -199,8 +199,9 @@ class Trainer:
         out.append(total / count)
 
     def evaluate_all(self, out: list[float]) -> Iterator[Piece]:
-        """`evaluate` over the whole batch."""
+        """`evaluate` over the whole batch. Raises `NonFinite`: the last update may have ruined the weights."""
         yield from self.evaluate(self.examples, out)
+        self._check_finite(out[-1], 0.0)
 
     def _evaluate_sample(self) -> Iterator[Piece]:
         """At most as many rows as one optimizer step trains: evaluation never costs over a third of it."""

@@ -5,8 +5,9 @@ be cut) and draws its dropout from a key of its own, so that the mask depends on
 decoding in between, nor on a layer that is computed twice under gradient checkpointing.
 """
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import ModelError
 from .bank import AdapterWeights
-from .targets import Targets
+from .targets import Targets, layer_paths
 
 
 class Tape:
@@ -66,6 +67,21 @@ class TrainingTree:
         self.module = module
         self.tape = tape
         self.targets = targets
+
+    @contextlib.contextmanager
+    def forward(self, key: mx.array) -> Iterator[None]:
+        """While a graph is built: the tape notes, `key` is the dropout's.
+
+        Afterwards the module holds its own parameters again: gradient checkpointing leaves in their place
+        arrays that hang on the backward pass, and whoever read those would run it in one go.
+        """
+        own = self.module.trainable_parameters()
+        self.tape.start(key)
+        try:
+            yield
+        finally:
+            self.tape.active = False
+            self.module.update(own)
 
     def adapter(self) -> AdapterWeights:
         """The live weights (not copied: arrays never change in place)."""
@@ -130,11 +146,11 @@ def _checkpoint_layers(module: nn.Module, tape: Tape) -> None:
     checkpointed function exists twice.
     """
     tape.record_linears = False
-    for index, layer in enumerate(module.layers):
-        layer.__class__ = _checkpointed(type(layer), tape, index)
+    for path, layer in zip(layer_paths(module), module.layers, strict=True):
+        layer.__class__ = _checkpointed(type(layer), tape, path)
 
 
-def _checkpointed(kind: type, tape: Tape, index: int) -> type:
+def _checkpointed(kind: type, tape: Tape, path: str) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             self.update(parameters)
@@ -143,7 +159,7 @@ def _checkpointed(kind: type, tape: Tape, index: int) -> type:
         out = mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
         if tape.active:
             tape.outputs.append(out[0] if isinstance(out, tuple) else out)
-            tape.order.append(str(index))
+            tape.order.append(path)
         return out
 
     return type(kind.__name__, (kind,), {"__call__": call})

@@ -36,7 +36,6 @@ class _Hooked:
         self._trainer = trainer
         self._inner = trainer.optimizer
         self._clip = trainer.settings.clip_norm
-        self.norm = mx.array(0.0)
 
     @property
     def state(self) -> Any:
@@ -57,27 +56,30 @@ class _Hooked:
 
 
 class _Callback(TrainingCallback):
-    """mlx-lm's report after each optimizer step, as a row of the trainer's history."""
+    """mlx-lm's report after each optimizer step, as a row of the trainer's history.
+
+    `tokens` counts what went through the model since the last one; mlx-lm itself counts targets only.
+    """
 
     def __init__(self, trainer: Trainer, optimizer: _Hooked, on_step: Any) -> None:
         self._trainer, self._optimizer, self._on_step = trainer, optimizer, on_step
         self._started = time.perf_counter()
-        self._tokens = 0
+        self.tokens = 0
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         trainer = self._trainer
         trainer._check_finite(train_info["train_loss"], 0.0)
         trainer.step += 1
-        done = int(train_info["trained_tokens"])
         trainer.history.steps.append(
             {
                 "step": trainer.step,
                 "loss": train_info["train_loss"],
                 "lr": train_info["learning_rate"],
-                "tokens": done - self._tokens,
+                "tokens": self.tokens,
             }
         )
-        trainer.trained_tokens, self._tokens = done, done
+        trainer.trained_tokens += self.tokens
+        self.tokens = 0
         trainer._seconds = time.perf_counter() - self._started
         self._optimizer.learning_rate = learning_rate(trainer.step, trainer.settings)
         self._on_step(trainer)
@@ -96,13 +98,17 @@ def run_whole(trainer: Trainer, on_step: Any) -> Iterator[Piece]:
     optimizer = _Hooked(trainer)
     optimizer.learning_rate = learning_rate(trainer.step, trainer.settings)
 
+    callback = _Callback(trainer, optimizer, on_step)
+
     def order(**_: Any) -> Iterator[Batch]:
-        return batch_stream(
+        for batch in batch_stream(
             trainer.examples,
             batch_size=args.batch_size,
             max_tokens=args.max_seq_length,
             seed=(trainer.settings.seed, trainer.number),
-        )
+        ):
+            callback.tokens += int(batch[0].size) - batch[0].shape[0]
+            yield batch
 
     class_before = type(trainer.tree.module.layers[0])
     call_before = class_before.__call__
@@ -116,7 +122,7 @@ def run_whole(trainer: Trainer, on_step: Any) -> Iterator[Piece]:
                 trainer.examples,
                 args=args,
                 iterate_batches=order,
-                training_callback=_Callback(trainer, optimizer, on_step),
+                training_callback=callback,
             )
         except _StopEarly:
             pass

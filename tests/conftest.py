@@ -1,0 +1,31 @@
+"""What every test can count on: no setting of this machine reaches the service under test."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import Process
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_of_this_machine() -> Iterator[None]:
+    """`RADIANCE_…` variables of the machine are put away while the tests run."""
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("RADIANCE_")}
+    yield
+    os.environ.update(kept)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """`start(**settings)`: a service process on this test's own home; none outlives the test."""
+    with ExitStack() as stack:
+
+        def make(*arguments: str, home: Path = tmp_path / "home", **options: Any) -> Process:
+            process = Process(home, *arguments, **options)
+            stack.callback(process.close)
+            return process
+
+        yield make

@@ -1,0 +1,121 @@
+"""The planner's division of time, and seats in the bank: plain values, no arrays, no clock."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from radiance_mlx.engine.planner import Action, Load, Planner
+from radiance_mlx.engine.slots import Slots
+
+
+def simulate(share, steps, *, generate_s=0.02, slice_s=0.05):
+    """Time of each side while both always have work."""
+    planner = Planner(share)
+    spent = {Action.GENERATE: 0.0, Action.BACKGROUND: 0.0}
+    for _ in range(steps):
+        action = planner.next(Load(requests=3, background=True))
+        seconds = generate_s if action is Action.GENERATE else slice_s
+        planner.charge(action, seconds)
+        spent[action] += seconds
+    return spent
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.001, 0.2), st.floats(0.001, 0.2))
+def test_with_requests_training_gets_its_share_of_the_time(share, generate_s, slice_s):
+    """Whatever single actions cost, the split of time approaches `share`."""
+    spent = simulate(share, 4000, generate_s=generate_s, slice_s=slice_s)
+    total = sum(spent.values())
+    # neither side can be further off than one action of the other's length
+    slack = (generate_s / (1 - share) + slice_s / share) / total
+    assert abs(spent[Action.BACKGROUND] / total - share) <= slack
+
+
+def test_without_requests_training_gets_everything():
+    """An idle service trains without a pause."""
+    planner = Planner(0.5)
+    for _ in range(5):
+        assert planner.next(Load(0, True)) is Action.BACKGROUND
+        planner.charge(Action.BACKGROUND, 1.0)
+
+
+def test_without_training_requests_get_everything_and_nothing_to_do_waits():
+    """Each side alone has the whole engine."""
+    planner = Planner(0.5)
+    for _ in range(5):
+        assert planner.next(Load(1, False)) is Action.GENERATE
+        planner.charge(Action.GENERATE, 1.0)
+    assert planner.next(Load(0, False)) is Action.WAIT
+
+
+def test_a_request_that_comes_while_it_trains_is_served_at_once():
+    """Training alone earns no claim, and the slice it was in is paid back."""
+    planner = Planner(0.9)
+    for _ in range(100):
+        planner.charge(planner.next(Load(0, True)), 0.05)
+    assert planner.next(Load(1, True)) is Action.GENERATE
+
+
+def test_training_that_begins_does_not_collect_for_the_past():
+    """Hours of answering before a job do not let it block answers afterwards."""
+    planner = Planner(0.5)
+    for _ in range(1000):
+        planner.charge(planner.next(Load(1, False)), 1.0)
+    planner.charge(planner.next(Load(1, True)), 0.02)
+    actions = []
+    for _ in range(6):
+        action = planner.next(Load(1, True))
+        planner.charge(action, 0.02)
+        actions.append(action)
+    assert actions.count(Action.BACKGROUND) == 3
+
+
+def test_a_seat_in_use_is_not_taken():
+    """With every seat used, a newcomer waits; a released seat goes to it, the longest unused first."""
+    slots, loads = Slots(3), []
+    first = slots.acquire("a", loads.append)
+    second = slots.acquire("b", loads.append)
+    assert {first, second} == {1, 2}
+    assert slots.acquire("c", loads.append) is None
+    slots.release(second)
+    slots.release(first)
+    assert slots.acquire("b", loads.append) == second  # still there: not loaded again
+    slots.release(second)
+    assert slots.acquire("c", loads.append) == first  # "a" was unused for longer
+    assert loads == [first, second, first]
+
+
+def test_users_of_one_adapter_share_its_seat():
+    """The seat is free only when the last of them has gone."""
+    slots = Slots(2)
+    assert slots.acquire("a", lambda slot: None) == slots.acquire("a", lambda slot: None) == 1
+    slots.release(1)
+    assert slots.acquire("b", lambda slot: None) is None
+    slots.release(1)
+    assert slots.acquire("b", lambda slot: None) == 1
+
+
+def test_a_failed_load_leaves_the_seat_empty():
+    """An adapter whose files are damaged holds nothing."""
+    slots = Slots(2)
+
+    def fail(slot):
+        raise ValueError
+
+    for _ in range(2):
+        try:
+            slots.acquire("a", fail)
+        except ValueError:
+            continue
+        raise AssertionError
+    assert slots.find("a") is None
+    assert slots.acquire("b", lambda slot: None) == 1
+
+
+def test_a_forgotten_adapter_keeps_its_users_but_takes_no_new_ones():
+    """Its name is loaded again for the next request, into another seat."""
+    slots = Slots(3)
+    old = slots.acquire("a", lambda slot: None)
+    slots.forget("a")
+    assert slots.find("a") is None
+    assert slots.acquire("a", lambda slot: None) != old
+    slots.release(old)
+    assert slots.acquire("b", lambda slot: None) == old
