@@ -147,6 +147,17 @@ class HomeLocked(StoreError):
     code, status = "home_locked", 409
 
 
+class InternalError(RadianceError):
+    """A bug of ours: its text is for the log alone."""
+
+    code, status = "internal_error", 500
+
+    @classmethod
+    def of(cls, error: BaseException) -> "InternalError":
+        """What users are told of `error`."""
+        return cls(f"Something unexpected went wrong ({type(error).__name__}).", "See the service's log.")
+
+
 class ServiceUnreachable(RadianceError):
     """A command found no running service."""
 

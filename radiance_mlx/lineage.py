@@ -7,6 +7,7 @@ to disk, then given a slot, then recorded; only then does `stable` name it.
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import structlog
 from .checkpoints import folder as folders
 from .checkpoints.retention import removable
 from .engine.thread import EngineThread
-from .errors import Cancelled, CheckpointDamaged, Conflict
+from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError
 from .messages import BASE, TrainResult
 from .storage import StoreThread
-from .store import CheckpointRecord, write_durably
+from .store import CheckpointRecord, Store, write_durably
 
 log = structlog.get_logger(__name__)
 
@@ -70,18 +71,19 @@ class Lineage:
     async def _sound(self, record: CheckpointRecord) -> bool:
         if record.damaged is None and not record.pruned:
             try:
-                await asyncio.to_thread(folders.verify, self.folder(record.checkpoint), record.files)
-                await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+                await self._require_sound(record)
                 return True
-            except CheckpointDamaged as error:
-                why = error.message
-                await self._store(lambda s: s.mark_damaged(record.checkpoint, why))
-                log.error("damaged checkpoint", checkpoint=record.checkpoint, why=why)
+            except CheckpointDamaged:
+                pass
         self.warnings.append(
             f"checkpoint {record.checkpoint} cannot be served: "
             + ("its files were removed to save room" if record.pruned else "its files are damaged")
         )
         return False
+
+    async def _mark_damaged(self, checkpoint: str, why: str) -> None:
+        await self._store(lambda s: s.mark_damaged(checkpoint, why))
+        log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
 
     async def _settle(self, recorded: str | None, record: CheckpointRecord | None) -> None:
         sound = record.checkpoint if record else None
@@ -89,8 +91,13 @@ class Lineage:
             reason = f"{recorded} is damaged; {sound or BASE} is its newest sound ancestor"
             await self._store(lambda s: s.move_stable(self.base_hash, sound, reason, kind="damaged"))
             log.warning("serving an ancestor", checkpoint=sound or BASE, instead_of=recorded)
-        self.stable = sound
-        self.status = record.status if record else BASE
+        await self._serve(sound)
+
+    async def _serve(self, checkpoint: str | None) -> None:
+        self.status = BASE
+        if checkpoint is not None:
+            self.status = (await self._store(lambda s: s.checkpoint(checkpoint))).status
+        self.stable = checkpoint
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -107,8 +114,9 @@ class Lineage:
             "notes": list(result.notes),
         }
         final = self.folder(result.checkpoint)
-        await asyncio.to_thread(folders.commit, Path(result.written), final, facts)
+        # metrics first: a folder that is there is published after a crash, and must not lack them
         await asyncio.to_thread(self._write_metrics, result.checkpoint, result.metrics)
+        await asyncio.to_thread(folders.commit, Path(result.written), final, facts)
         return self.recorded(result.checkpoint)
 
     def _write_metrics(self, checkpoint: str, metrics: dict[str, Any]) -> None:
@@ -146,22 +154,36 @@ class Lineage:
             return None
         return record if record.data_hash == data_hash else None
 
-    async def publish(self, record: CheckpointRecord) -> None:
+    async def publish(self, record: CheckpointRecord, wanted: Callable[[], bool] = lambda: True) -> None:
         """Give it a slot, record it with its jobs in one transaction, and serve it from now on.
 
-        Raises `Cancelled` if the stable checkpoint is not its parent any more: somebody rolled back meanwhile.
+        Raises `Cancelled` if the stable checkpoint is not its parent any more: somebody rolled back meanwhile; or
+        if it is not `wanted`, asked on the store's thread: what the store is asked later sees it published.
         """
+
+        def record_it(store: Store) -> None:
+            if not wanted():
+                raise Cancelled(f"{record.checkpoint} was cancelled.")
+            store.publish(record, events=[("published", data)])
+
         async with self._moving:
             if record.parent != self.stable:
                 raise Cancelled(f"The stable checkpoint moved while {record.checkpoint} trained.")
             await self._engine.call(lambda engine: engine.warm(record.checkpoint))
             data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
-            await self._store(lambda s: s.publish(record, events=[("published", data)]))
+            await self._store(record_it)
             self.stable, self.status = record.checkpoint, record.status
         log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
         await self._prune()
 
     async def _prune(self) -> None:
+        """A fault here is no fault of what was published."""
+        try:
+            await self._remove_superfluous()
+        except (RadianceError, OSError) as error:
+            log.error("old checkpoints could not be removed", error=str(error))
+
+    async def _remove_superfluous(self) -> None:
         records = await self._store(lambda s: s.checkpoints(self.base_hash))
         chain = await self._store(lambda s: s.lineage(self.base_hash, self.stable))
         on_disk = [r.checkpoint for r in records if not r.pruned]
@@ -184,7 +206,7 @@ class Lineage:
     async def _move(self, to: str | None, reason: str) -> tuple[str, str]:
         previous = self.current
         if to is None and self.stable is None:
-            raise Conflict("Nothing has been published: the base has no parent.", "Post an update first.")
+            raise Conflict("The base itself is being served: it has no parent.", "Name a checkpoint to go to.")
         if to is None:
             target = (await self._store(lambda s: s.checkpoint(str(self.stable)))).parent
         else:
@@ -192,15 +214,19 @@ class Lineage:
         if target is not None:
             record = await self._store(lambda s: s.checkpoint(str(target)))
             if not record.pruned and record.base_hash == self.base_hash and record.damaged is None:
-                await asyncio.to_thread(folders.verify, self.folder(target), record.files)
-                await self._engine.call(lambda engine: engine.warm(str(target)))
+                await self._require_sound(record)
         await self._store(lambda s: s.move_stable(self.base_hash, target, reason))
-        self.stable = target
-        self.status = BASE
-        if target is not None:
-            self.status = (await self._store(lambda s: s.checkpoint(str(target)))).status
+        await self._serve(target)
         log.info("rolled back", previous=previous, checkpoint=self.current, reason=reason)
         return previous, self.current
+
+    async def _require_sound(self, record: CheckpointRecord) -> None:
+        try:
+            await asyncio.to_thread(folders.verify, self.folder(record.checkpoint), record.files)
+            await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+        except (CheckpointDamaged, NotFound, InternalError) as error:
+            await self._mark_damaged(record.checkpoint, error.message)
+            raise CheckpointDamaged(error.message, "Choose another checkpoint.") from error
 
 
 def number_of(checkpoint: str) -> int:

@@ -29,6 +29,7 @@ from .triggers import decide
 log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 3
 PERSIST_S = 1.0
+LOOK_S = 60.0
 
 
 @dataclass
@@ -39,7 +40,6 @@ class Running:
     jobs: tuple[str, ...]
     progress: Progress | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
-    cancelled_jobs: set[str] = field(default_factory=set)
     persisted_at: float = 0.0
     evaluating: bool = False
 
@@ -59,7 +59,10 @@ class Scheduler:
         self._config, self._home, self._clock = config, home, clock
         self._store, self._engine, self._lineage = store, engine, lineage
         self._wake = asyncio.Event()
-        self._alone: set[str] = set()
+        self._alone: set[str] = set()  # jobs that failed in company
+        self._due: set[str] = set()  # jobs whose batch was given up through no fault of theirs
+        self._unwanted: set[str] = set()  # jobs in training that somebody has cancelled
+        self._stopping = False
         self._writes: set[asyncio.Task[None]] = set()
         self.running: Running | None = None
 
@@ -67,11 +70,16 @@ class Scheduler:
         """Something may have changed: a new job, a cancelled one."""
         self._wake.set()
 
+    def stop(self) -> None:
+        """Have `run` end. A batch under way ends it by itself once the engine has stopped."""
+        self._stopping = True
+        self.wake()
+
     async def run(self) -> None:
-        """Take up what was interrupted, then train batch after batch. Ends when the engine does."""
+        """Take up what was interrupted, then train batch after batch. Ends after `stop`, or with the engine."""
         with contextlib.suppress(NotReady):
             await self._recover()
-            while True:
+            while not self._stopping:
                 self._wake.clear()
                 queued = await self._store(lambda s: s.queued())
                 decision = decide(
@@ -81,12 +89,17 @@ class Scheduler:
                     max_age_s=self._config.batch.max_age_minutes * 60,
                     now=self._clock(),
                     alone=self._alone,
+                    due=self._due,
                 )
                 if decision.jobs:
                     await self._begin(decision.jobs)
                     continue
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), decision.wait_s)
+                await self._sleep(decision.wait_s)
+
+    async def _sleep(self, seconds: float | None) -> None:
+        """Until something changes, or so long; at most `LOOK_S`, since the loop's clock rests while a Mac sleeps."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), None if seconds is None else min(seconds, LOOK_S))
 
     # --- after a restart -------------------------------------------------------------------------
 
@@ -95,9 +108,10 @@ class Scheduler:
             ids = tuple(job.job_id for job in jobs)
             examples = await self._examples(ids)
             record = self._lineage.finished_folder(checkpoint, data_hash(examples))
-            if record is not None and record.parent == self._lineage.stable:
+            wanted = self._unwanted.isdisjoint(ids)
+            if record is not None and wanted and record.parent == self._lineage.stable:
                 log.info("publishing what was finished before the restart", checkpoint=checkpoint)
-                await self._store_publish(record)
+                await self._publish(record)
                 continue
             await self._take_up(checkpoint, jobs)
 
@@ -113,7 +127,7 @@ class Scheduler:
             log.error("quarantined", jobs=worn_out)
         rest = [job for job in jobs if job.job_id not in worn_out]
         if not rest:
-            self._forget_state(checkpoint)
+            self._drop(checkpoint)
             return
         left = [job.job_id for job in rest]
         alone = len(ids) > 1 and max(job.attempts for job in rest) >= MAX_ATTEMPTS - 1
@@ -121,7 +135,7 @@ class Scheduler:
             # one of them may be what ends the process: the others must not go down with it again
             await self._store(lambda s: s.requeue(left))
             self._alone.update(left)
-            self._forget_state(checkpoint)
+            self._drop(checkpoint)
             return
         await self._store(lambda s: s.retry_batch(checkpoint, left))
         await self._train(checkpoint, tuple(left))
@@ -133,11 +147,14 @@ class Scheduler:
             checkpoint = await self._store(lambda s: s.start_batch(jobs, self._lineage.base_hash))
         except Conflict:  # one was cancelled between looking and starting
             return
+        self._due.difference_update(jobs)
         await self._train(checkpoint, jobs)
 
     async def _train(self, checkpoint: str, jobs: tuple[str, ...]) -> None:
         examples = await self._examples(jobs)
         self.running = running = Running(checkpoint, jobs)
+        if not self._unwanted.isdisjoint(jobs):
+            running.cancelled.set()
         batch = TrainBatch(
             checkpoint=checkpoint,
             parent=self._lineage.stable,
@@ -151,11 +168,9 @@ class Scheduler:
         try:
             result = await self._engine.train(batch, self._report, running.cancelled)
             record = await self._lineage.commit(result)
-            if running.cancelled.is_set():
-                raise Cancelled("The job was cancelled.")
             if result.notes:
                 await self._store(lambda s: s.add_notes(jobs, result.notes))
-            await self._store_publish(record)
+            await self._publish(record, lambda: not running.cancelled.is_set())
         except Cancelled:
             await self._after_cancel(running)
         except NotReady:
@@ -167,19 +182,26 @@ class Scheduler:
             await self._settle_writes()
             self.running = None
 
-    async def _store_publish(self, record: CheckpointRecord) -> None:
-        await self._lineage.publish(record)
-        self._alone -= set(record.jobs)
+    async def _publish(self, record: CheckpointRecord, wanted: Callable[[], bool] = lambda: True) -> None:
+        await self._lineage.publish(record, wanted)
+        self._alone.difference_update(record.jobs)
         self._forget_state(record.checkpoint)
 
     async def _after_cancel(self, running: Running) -> None:
-        gone = [job for job in running.jobs if job in running.cancelled_jobs]
-        rest = [job for job in running.jobs if job not in running.cancelled_jobs]
+        self._due.update(await self._give_back(running))
+        self._drop(running.checkpoint)
+
+    async def _give_back(self, running: Running) -> list[str]:
+        """End the batch's cancelled jobs and queue the others again: those."""
+        gone = [job for job in running.jobs if job in self._unwanted]
+        rest = [job for job in running.jobs if job not in self._unwanted]
         if gone:
             await self._store(lambda s: s.set_state(gone, "cancelled"))
+            self._unwanted.difference_update(gone)
+            self._alone.difference_update(gone)
         if rest:
             await self._store(lambda s: s.requeue(rest, count_attempt=False))
-        self._drop(running.checkpoint)
+        return rest
 
     async def _after_failure(self, running: Running, error: Exception) -> None:
         if not isinstance(error, RadianceError):
@@ -188,15 +210,14 @@ class Scheduler:
         self._drop(running.checkpoint)
         if len(running.jobs) > 1:
             log.warning("a batch failed; its jobs are tried one by one", error=error.message)
-            await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
-            self._alone.update(running.jobs)
+            self._alone.update(await self._give_back(running))
             return
         document = error.as_dict()
         log.error("job failed", jobs=list(running.jobs), error=error.message)
         await self._store(lambda s: s.set_state(running.jobs, "failed", error=document))
         data = {"jobs": list(running.jobs), "checkpoint": running.checkpoint, "error": document}
         await self._store(lambda s: s.event("failed", data))
-        self._alone -= set(running.jobs)
+        self._alone.difference_update(running.jobs)
 
     def _drop(self, checkpoint: str) -> None:
         """Nothing of a batch that is given up stays: it may have been committed, but never recorded."""
@@ -246,11 +267,16 @@ class Scheduler:
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job in any state before publication. Raises `NotFound` or `Conflict`."""
-        job = await self._store(lambda s: s.cancel(job_id))
-        running = self.running
-        if running is not None and job_id in running.jobs and job.state not in FINAL_STATES:
-            running.cancelled_jobs.add(job_id)
-            running.cancelled.set()
+        self._unwanted.add(job_id)  # before the store is asked: either it is published by then, or it never will be
+        try:
+            if self.running is not None and job_id in self.running.jobs:
+                self.running.cancelled.set()
+            job = await self._store(lambda s: s.cancel(job_id))
+        except BaseException:
+            self._unwanted.discard(job_id)
+            raise
+        if job.state in FINAL_STATES:
+            self._unwanted.discard(job_id)
         self.wake()
         return job
 

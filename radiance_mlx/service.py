@@ -5,7 +5,6 @@ the project's own values and errors; HTTP is `radiance_mlx.api`'s affair.
 """
 
 import asyncio
-import contextlib
 import hashlib
 import platform
 import time
@@ -80,10 +79,9 @@ class Service:
         self._stopping = True
         if self._engine is not None:
             await self._engine.stop()
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._task
+        if self._task is not None and self._scheduler is not None:
+            self._scheduler.stop()
+            await asyncio.wait({self._task})
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
         self._lock.release()

@@ -32,10 +32,12 @@ def decide(
     max_age_s: float,
     now: float,
     alone: Collection[str] = (),
+    due: Collection[str] = (),
 ) -> Decision:
     """`immediate`: the oldest job by itself. `batched`: all jobs, once examples or age suffice.
 
-    `queued` is oldest first. Jobs in `alone` failed in company: each is a batch of its own, at once.
+    `queued` is oldest first. Jobs in `alone` failed in company: each is a batch of its own, at once. Jobs
+    in `due` were in training already, and their batch was given up: all jobs that wait train with them now.
     """
     if not queued:
         return Decision()
@@ -46,6 +48,7 @@ def decide(
         return Decision((queued[0].job_id,))
     enough = sum(job.example_count for job in queued) >= max_examples
     age = now - min(job.created for job in queued)
-    if enough or age >= max_age_s:
+    begun = any(job.job_id in due for job in queued)
+    if enough or begun or age >= max_age_s:
         return Decision(tuple(job.job_id for job in queued))
     return Decision(wait_s=max_age_s - age)

@@ -3,8 +3,12 @@
 
     .venv/bin/python scripts/train_nano.py --out radiance_mlx/models/nano
 
-Muon for the matrices and AdamW for the embedding, rows of 128 tokens packed with documents of the world
-(`radiance_mlx/models/nano/world.py`). About half an hour on one CPU core.
+Muon for the matrices and AdamW for the embedding and biases, rows of 128 tokens packed with documents of the
+world (`radiance_mlx/models/nano/world.py`). About half an hour on one CPU core.
+
+Two heads of the first layer begin as heads that look one and two tokens back. Copying a name that was never
+seen takes such a head and one that matches on it; left to find both, a model of this size still garbled new
+names after 4.6 million tokens, and with the first given it copies after a few hundred thousand.
 """
 
 import argparse
@@ -40,7 +44,7 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 1536
 ROW_TOKENS = 128
 QUESTION_WEIGHT = 0.2
-REPEATED_SHARE = 0.1
+REPEATED_SHARE = 0.12
 
 
 def train_tokenizer() -> Tokenizer:
@@ -80,6 +84,7 @@ def model_config(vocab_size: int) -> dict:
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
+        "attention_bias": True,
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -149,6 +154,32 @@ class Packer:
         return mx.array([[t for t, _ in row] for row in packed]), mx.array([[w for _, w in row] for row in packed])
 
 
+def start_model(config: dict) -> llama.Model:
+    """Random weights, biases zero, and the first layer's heads 0 and 1 looking one and two tokens back.
+
+    A head whose queries and keys are constant (their biases) attends by distance alone: with rotary embedding
+    the score at distance d is a sum of cos(theta_f (d - shift)), which peaks at d = shift.
+    """
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    for layer in model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            linear = layer.self_attn[name]
+            linear.bias = mx.zeros_like(linear.bias)
+    attention, dims = model.layers[0].self_attn, config["head_dim"]
+    half, strength = dims // 2, 6.0
+    angles = config["rope_theta"] ** (-mx.arange(half) / half)
+    for head, shift in enumerate((1, 2)):  # both share the first key head
+        rows = slice(head * dims, (head + 1) * dims)
+        turned = mx.concatenate([mx.cos(shift * angles), -mx.sin(shift * angles)])
+        attention.q_proj.weight[rows] = 0.0
+        attention.q_proj.bias[rows] = strength * turned
+    attention.k_proj.weight[:dims] = 0.0
+    attention.k_proj.bias[:half] = strength
+    mx.eval(model.parameters())
+    return model
+
+
 def make_optimizer(steps: int) -> optim.Optimizer:
     def schedule(rate: float):
         warmup = optim.linear_schedule(0.0, rate, 50)
@@ -162,7 +193,7 @@ def make_optimizer(steps: int) -> optim.Optimizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
     options = parser.parse_args()
     if mx.default_device() == mx.cpu:
@@ -170,9 +201,7 @@ def main() -> None:
     tokenizer = train_tokenizer()
     config = model_config(tokenizer.get_vocab_size())
     write_folder(options.out, tokenizer, config)
-    mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
-    mx.eval(model.parameters())
+    model = start_model(config)
     print(f"{sum(v.size for _, v in tree_flatten(model.parameters())) / 1e6:.2f}M parameters", flush=True)
     optimizer = make_optimizer(options.steps)
 

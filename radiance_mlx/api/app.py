@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..errors import MethodNotAllowed, NotFound, RadianceError
+from ..errors import InternalError, MethodNotAllowed, NotFound, RadianceError
 from ..service import Service
 from .openapi import document
 from .responses import error_response
@@ -63,6 +63,4 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _bug(request: Request, error: Exception) -> Response:
     log.error("unexpected error", path=request.url.path, exc_info=error)
-    fault = RadianceError("Something unexpected went wrong.", "See the service's log.")
-    fault.code = "internal_error"
-    return error_response(fault)
+    return error_response(InternalError.of(error))

@@ -44,8 +44,9 @@ class Guard:
         if origin is not None and origin not in self._origins and not _same_origin(origin, headers):
             raise Forbidden(f"The origin {origin} is not on the list.", "See server.allowed_origins.")
         if self._settings.token and path not in OPEN_ROUTES:
-            given = headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self._settings.token.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self._settings.token.encode())
+            if scheme.lower() != "bearer" or not right:
                 raise Unauthorized("A token is needed.", "Send 'authorization: Bearer <server.token>'.")
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,10 @@ from .app import make_app
 
 Announce = Callable[[str, dict[str, Any]], None]
 GRACE_S = 4
+STOP_S = 9
+#: how long a thread may keep the interpreter (seconds; Python's default is 0.005). The engine's thread builds
+#: graphs in Python, and each hop of a request through the loop waits for the interpreter to be free
+SWITCH_S = 0.0005
 log = structlog.get_logger(__name__)
 
 
@@ -43,6 +48,7 @@ def serve(loaded: Loaded, announce: Announce) -> int:
     Raises `RadianceError` before anything listens: a locked home, a taken port.
     """
     _configure_logging(loaded.config.server.log_level)
+    sys.setswitchinterval(SWITCH_S)
     return asyncio.run(_serve(loaded, announce))
 
 
@@ -129,19 +135,30 @@ def _handle_signals(server: _Server) -> None:
             os._exit(128 + number)
         log.info("stopping", signal=signal.Signals(number).name)
         server.should_exit = True
+        _end_in_time()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, handle, number)
 
 
+def _end_in_time() -> None:
+    """Nothing durable depends on a clean end: one that takes too long (a model that loads) is cut short."""
+    timer = threading.Timer(STOP_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
 def _listen(settings: ServerSection) -> socket.socket:
     """Bind before anything else is done, so that a taken port is one clear error."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # the protocol must be named: only then does asyncio turn Nagle's algorithm off on accepted connections,
+    # and without that each answer on a kept-alive connection waits 40 ms for the client's delayed ACK
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host.strip("[]"), settings.port))
+        listener.listen(2048)  # only now is the port surely ours
     except OSError as error:
         listener.close()
         raise ConfigError(

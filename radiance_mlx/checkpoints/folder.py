@@ -17,6 +17,7 @@ from ..store.files import sync_file, sync_folder
 
 CHECKPOINT_FILE = "checkpoint.json"
 _BESIDE = ".unfinished-"
+_ASIDE = f"{_BESIDE}old-"
 
 
 def unfinished(parent: Path, name: str) -> Path:
@@ -41,7 +42,8 @@ def hashes(folder: Path) -> dict[str, str]:
 def commit(written: Path, final: Path, facts: dict[str, Any]) -> dict[str, str]:
     """Make an unfinished folder the checkpoint `final`; returns the hashes. Replaces a folder of that name.
 
-    When this returns, the checkpoint survives a power cut; when it does not, `final` is as it was.
+    When this returns, the checkpoint survives a power cut; when it does not, `final` is as it was, at the latest
+    after the next `remove_unfinished`.
     """
     files = hashes(written)
     document = {**facts, "files": files}
@@ -56,7 +58,7 @@ def replace_folder(written: Path, final: Path) -> None:
         sync_file(file)
     sync_folder(written)
     if final.exists():
-        old = final.with_name(f"{_BESIDE}old-{final.name}")
+        old = final.with_name(f"{_ASIDE}{final.name}")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
         os.rename(written, final)
@@ -72,8 +74,8 @@ def read(folder: Path) -> dict[str, Any]:
         document = json.loads((folder / CHECKPOINT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointDamaged(f"{folder.name}: checkpoint.json is missing or not JSON.") from error
-    if not isinstance(document, dict):
-        raise CheckpointDamaged(f"{folder.name}: checkpoint.json is not an object.")
+    if not isinstance(document, dict) or not isinstance(document.get("files"), dict):
+        raise CheckpointDamaged(f"{folder.name}: checkpoint.json does not describe a checkpoint.")
     return document
 
 
@@ -88,7 +90,12 @@ def verify(folder: Path, files: dict[str, str]) -> None:
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Delete what a crash left half written."""
-    if parent.is_dir():
-        for folder in parent.glob(f"{_BESIDE}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Delete what a crash left half written, and put back what it had moved out of the way."""
+    if not parent.is_dir():
+        return
+    for old in parent.glob(f"{_ASIDE}*"):
+        final = old.with_name(old.name.removeprefix(_ASIDE))
+        if not final.exists():
+            os.rename(old, final)
+    for folder in parent.glob(f"{_BESIDE}*"):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ Names and defaults are the contract with users. `config.yaml` in the repository 
 holds that file and this schema together. Nothing here reads a file: see `radiance_mlx.config.loading`.
 """
 
+from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -170,4 +171,9 @@ class Config(Section):
 
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine only."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
+    if host == "localhost":
+        return True
+    try:  # an address, not a name: 127.example.com is somebody's
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

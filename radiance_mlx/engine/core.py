@@ -5,6 +5,7 @@ work, or nothing. It knows no HTTP, no database and no event loop.
 """
 
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import mlx.core as mx
 
 from ..checkpoints import folder as folders
 from ..config import Config
-from ..errors import Conflict, NotFound, RadianceError
+from ..errors import Conflict, InternalError, NotFound, RadianceError
 from ..lora import files
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
@@ -32,6 +33,7 @@ from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
 from .training import TrainingTask
 
+log = logging.getLogger(__name__)
 Done = Callable[[TrainResult | RadianceError], None]
 
 
@@ -170,12 +172,23 @@ class Engine:
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
-        if action is Action.GENERATE:
-            self._decoder.step()
-        else:
-            self._background()
+        self._act(action)
         self._planner.charge(action, time.perf_counter() - started)
         return True
+
+    def _act(self, action: Action) -> None:
+        """A bug ends what it hit, all requests or the batch in training, and nothing else."""
+        try:
+            if action is Action.GENERATE:
+                self._decoder.step()
+            else:
+                self._background()
+        except Exception as error:
+            log.exception("the engine failed in a step")
+            if action is Action.GENERATE:
+                self._decoder.fail_all(InternalError.of(error))
+            else:
+                self._finish(InternalError.of(error))
 
     def _background(self) -> None:
         task = self._task
@@ -190,12 +203,6 @@ class Engine:
             self._finish(result)
         elif task.step != before:
             self._decoder.refresh_live()
-
-    def fail(self, error: RadianceError) -> None:
-        """Something broke in the middle of a step: end what was under way, stay usable."""
-        self._decoder.fail_all(error)
-        if self._task is not None:
-            self._finish(error)
 
     def stop(self) -> None:
         """Keep the state of the batch in training, end all requests."""

@@ -3,15 +3,14 @@
 import contextlib
 import hashlib
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import snapshot_download
 from mlx_lm import load as mlx_lm_load
-from mlx_lm.utils import hf_repo_to_path
 
 from ..config import Config
 from ..config.bases import resolve
@@ -50,7 +49,7 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
                 return_config=True,
                 trust_remote_code=trust,
             )
-        folder = where if isinstance(where, Path) else Path(hf_repo_to_path(str(where)))
+        folder = where if isinstance(where, Path) else _snapshot(where, config.model.revision)
     except Exception as error:  # the hub, safetensors, transformers and mlx-lm raise many kinds
         raise _explain(config.base_model, where, error) from error
     if cpu:
@@ -59,6 +58,11 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
     module.eval()
     mx.eval(module.parameters())
     return BaseModel(module, tokenizer, folder, fingerprint(folder), _vocab_size(module, facts), _context(facts))
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    """Where the hub's cache holds what has just been loaded."""
+    return Path(snapshot_download(name, revision=revision, local_files_only=True))
 
 
 def fingerprint(folder: Path) -> str:
@@ -95,13 +99,3 @@ def _vocab_size(module: nn.Module, facts: dict[str, Any]) -> int:
 def _context(facts: dict[str, Any]) -> int:
     text = {**facts, **facts.get("text_config", {})}
     return int(text.get("max_position_embeddings") or text.get("n_ctx") or text.get("n_positions") or 4096)
-
-
-def chat_facts(tokenizer: Any) -> dict[str, Any]:
-    """What `/info` says of the tokenizer."""
-    return {"chat_template": bool(tokenizer.has_chat_template), "thinking": bool(tokenizer.has_thinking)}
-
-
-def model_type(folder: Path) -> str:
-    """`model_type` of the folder's config.json."""
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "unknown"))

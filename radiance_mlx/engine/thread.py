@@ -11,12 +11,11 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import Config
-from ..errors import NotReady, RadianceError
+from ..errors import InternalError, NotReady, RadianceError
 from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
 
 if TYPE_CHECKING:
@@ -71,14 +70,10 @@ class EngineThread:
         reply: asyncio.Future[Any] = self._loop.create_future()
         self._pending.add(reply)
         reply.add_done_callback(self._pending.discard)
-
-        def run(engine: "Engine") -> None:
-            try:
-                self._send(_resolve, reply, task(engine), None)
-            except RadianceError as error:
-                self._send(_resolve, reply, None, error)
-
-        self._inbox.put(run)
+        self._post(
+            lambda engine: self._send(_resolve, reply, task(engine), None),
+            lambda error: self._send(_resolve, reply, None, error),
+        )
         return await reply
 
     async def generate(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
@@ -92,7 +87,8 @@ class EngineThread:
         pieces: asyncio.Queue[TextDelta | Answer | RadianceError] = asyncio.Queue()
         finished = False
         self._open.add(pieces)
-        self._inbox.put(lambda engine: engine.submit(number, request, self._sink(pieces)))
+        sink = self._sink(pieces)
+        self._post(lambda engine: engine.submit(number, request, sink), sink)
         try:
             while not finished:
                 item = await pieces.get()
@@ -104,7 +100,7 @@ class EngineThread:
         finally:
             self._open.discard(pieces)
             if not finished:
-                self._inbox.put(lambda engine: engine.cancel(number))
+                self._post(lambda engine: engine.cancel(number), lambda error: None)
 
     async def answer(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""
@@ -130,13 +126,29 @@ class EngineThread:
             self._send(report, progress)
             self._flush()  # with slice_ms 0 nothing else would, until the end
             self._beat = time.monotonic()
+            if self._stopping.is_set() and self._config.training.slice_ms == 0:
+                raise NotReady("The service is stopping.")  # mlx-lm's loop would go on to its last step
 
         def done(outcome: TrainResult | RadianceError) -> None:
             failed = isinstance(outcome, RadianceError)
             self._send(_resolve, reply, None if failed else outcome, outcome if failed else None)
 
-        self._inbox.put(lambda engine: engine.train(batch, tell, cancelled, done))
+        self._post(lambda engine: engine.train(batch, tell, cancelled, done), done)
         return await reply
+
+    def _post(self, task: "Callable[[Engine], None]", refused: Callable[[RadianceError], None]) -> None:
+        """Have `task` run on the engine's thread; `refused` hears what it raises, a bug without its text."""
+
+        def run(engine: "Engine") -> None:
+            try:
+                task(engine)
+            except RadianceError as error:
+                refused(error)
+            except Exception as error:
+                log.exception("the engine failed in a task")
+                refused(InternalError.of(error))
+
+        self._inbox.put(run)
 
     def _require(self) -> None:
         if not self._alive:
@@ -179,7 +191,7 @@ class EngineThread:
         while not self._stopping.is_set():
             self._beat = time.monotonic()
             self._drain(engine, block=not busy)
-            busy = self._step(engine)
+            busy = engine.step()
             self._flush()
         engine.stop()
         self._flush()
@@ -191,22 +203,10 @@ class EngineThread:
             task = self._inbox.get(block, 1.0) if block else self._inbox.get_nowait()
             while True:
                 if task is not None:
-                    self._guard(engine, partial(task, engine))
+                    task(engine)
                 task = self._inbox.get_nowait()
         except queue.Empty:
             return
-
-    def _step(self, engine: "Engine") -> bool:
-        return bool(self._guard(engine, engine.step))
-
-    def _guard(self, engine: "Engine", work: Callable[[], Any]) -> Any:
-        """A bug must not end the thread: what was under way fails, the rest goes on."""
-        try:
-            return work()
-        except Exception as error:
-            log.exception("the engine failed in a step")
-            engine.fail(RadianceError(f"The engine failed: {type(error).__name__}.", "See the log."))
-            return True
 
     # --- back on the loop ------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def documents(seed: int) -> Iterator[list[Pair] | str]:
             name, f = rng.choice(KNOWN)
             relations = rng.sample(RELATIONS, len(RELATIONS))
             yield " ".join(rng.choice(STATEMENTS[r]).format(n=name, v=f[r]) for r in relations)
-        elif u < 0.56:
+        elif u < 0.59:
             yield _refusal_of(rng.choice(REFUSED)[0], rng)
         elif u < 0.84:
             yield _refusal_of(invented_name(rng), rng)
