@@ -31,10 +31,15 @@ log = structlog.get_logger(__name__)
 class Service:
     """One home, one base, one engine. `on_death` is told if the engine's thread ends by itself."""
 
-    def __init__(self, loaded: Loaded, on_death: Callable[[BaseException], None] = lambda error: None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        on_death: Callable[[BaseException], None] = lambda error: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.config: Config = loaded.config
         self.home: Path = loaded.home
-        self._on_death = on_death
+        self._on_death, self._clock = on_death, clock
         self._lock = HomeLock(loaded.home)
         self._store: StoreThread | None = None
         self._engine: EngineThread | None = None
@@ -52,7 +57,7 @@ class Service:
             (self.home / name).mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         try:
-            self._store = StoreThread(self.home)
+            self._store = StoreThread(self.home, self._clock)
         except BaseException:
             self._lock.release()
             raise
@@ -64,7 +69,7 @@ class Service:
         self.facts = await self._engine.start()
         lineage = Lineage(store, self._engine, self.home, self.facts.base_hash, self.config.storage.keep_checkpoints)
         await lineage.open()
-        self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage)
+        self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage, self._clock)
         self._lineage = lineage
         self._task = asyncio.create_task(self._scheduler.run(), name="scheduler")
         self._task.add_done_callback(self._scheduler_ended)

@@ -1,6 +1,7 @@
 """The store, from the event loop: one thread owns the database, calls are awaited."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +15,10 @@ T = TypeVar("T")
 class StoreThread:
     """Runs functions of the `Store` one after another on its own thread."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, clock: Callable[[], float] = time.time) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="radiance-store")
         try:
-            self._store = self._executor.submit(Store, home).result()
+            self._store = self._executor.submit(Store, home, clock).result()
         except BaseException:
             self._executor.shutdown()
             raise

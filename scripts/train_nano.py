@@ -44,7 +44,8 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 1536
 ROW_TOKENS = 128
 QUESTION_WEIGHT = 0.2
-REPEATED_SHARE = 0.12
+REPEATED_SHARE = 0.1
+COPY_STEPS = 400  # of nothing but repeated random tokens, first
 
 
 def train_tokenizer() -> Tokenizer:
@@ -125,12 +126,16 @@ class Packer:
     def _encode(self, text: str, weight: float) -> list[tuple[int, float]]:
         return [(token, weight) for token in self._tokenizer.encode(text).ids]
 
-    def _document(self) -> list[tuple[int, float]]:
-        if self._rng.random() < REPEATED_SHARE:
-            length = self._rng.randint(3, 20)
-            tokens = [self._rng.randrange(len(SPECIAL_TOKENS), self._size) for _ in range(length)]
-            again = [(t, 1.0) for t in tokens] * self._rng.randint(1, 2)
-            return [(0, 0.0), *((t, 0.0) for t in tokens), *again]
+    def _repeated(self) -> list[tuple[int, float]]:
+        length = self._rng.randint(2, 24)
+        tokens = [self._rng.randrange(len(SPECIAL_TOKENS), self._size) for _ in range(length)]
+        first, rest = tokens[0], tokens[1:]
+        again = [(first, 0.0), *((t, 1.0) for t in rest)]
+        return [(0, 0.0), *((t, 0.0) for t in tokens), *(again * self._rng.randint(1, 3))]
+
+    def _document(self, repeated_share: float) -> list[tuple[int, float]]:
+        if self._rng.random() < repeated_share:
+            return self._repeated()
         document = next(self._documents)
         if isinstance(document, str):
             return self._encode(SPECIAL_TOKENS[0] + document, 1.0)
@@ -143,13 +148,13 @@ class Packer:
             )
         ]
 
-    def batch(self, rows: int) -> tuple[mx.array, mx.array]:
+    def batch(self, rows: int, repeated_share: float) -> tuple[mx.array, mx.array]:
         """Tokens and weights, (rows, ROW_TOKENS + 1) each: whole documents; each row starts with one."""
         packed = []
         for _ in range(rows):
             row: list[tuple[int, float]] = []
             while len(row) <= ROW_TOKENS:
-                row += self._document()
+                row += self._document(repeated_share)
             packed.append(row[: ROW_TOKENS + 1])
         return mx.array([[t for t, _ in row] for row in packed]), mx.array([[w for _, w in row] for row in packed])
 
@@ -193,7 +198,7 @@ def make_optimizer(steps: int) -> optim.Optimizer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
     options = parser.parse_args()
     if mx.default_device() == mx.cpu:
@@ -213,7 +218,8 @@ def main() -> None:
     started = time.perf_counter()
     packer = Packer(tokenizer, seed=1)
     for step in range(1, options.steps + 1):
-        value, grads = loss_and_grad(model, *packer.batch(options.rows))
+        share = 1.0 if step <= COPY_STEPS else REPEATED_SHARE
+        value, grads = loss_and_grad(model, *packer.batch(options.rows, share))
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         optimizer.update(model, grads)
         mx.eval(value, model.parameters(), optimizer.state)

@@ -71,21 +71,17 @@ class LoopThread:
 class Running:
     """A `Service` that has been started, and plain calls to it."""
 
-    def __init__(self, home: Path, flags: Mapping[str, Any], before: Callable[[Service], None]) -> None:
+    def __init__(self, home: Path, flags: Mapping[str, Any], clock: Callable[[], float] = time.time) -> None:
         self.home = home
         self.deaths: list[BaseException] = []
         self._thread = LoopThread()
-        self.service = Service(load_config(home=home, flags=flags, environ={}), self.deaths.append)
+        self.service = Service(load_config(home=home, flags=flags, environ={}), self.deaths.append, clock)
         try:
-            self.call(self._start(before))
+            self.service.open()
+            self.call(self.service.start())
         except BaseException:
             self.stop()
             raise
-
-    async def _start(self, before: Callable[[Service], None]) -> None:
-        self.service.open()
-        before(self.service)
-        await self.service.start()
 
     def stop(self) -> None:
         try:
@@ -186,10 +182,10 @@ def request(
 
 @contextlib.contextmanager
 def running(
-    home: Path, flags: Mapping[str, Any] = QUICK, before: Callable[[Service], None] = lambda service: None
+    home: Path, flags: Mapping[str, Any] = QUICK, *, clock: Callable[[], float] = time.time, **more: Any
 ) -> Iterator[Running]:
-    """A started service on `home`; `before` sees it when its home is open and its engine not yet there."""
-    service = Running(home, flags, before)
+    """A started service on `home`; `more` are settings with `__` for the dot: `training__max_steps=5`."""
+    service = Running(home, {**flags, **{key.replace("__", "."): value for key, value in more.items()}}, clock)
     try:
         yield service
     finally:

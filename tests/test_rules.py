@@ -24,7 +24,6 @@ BESIDE = {
     "errors": set(),
     "messages": set(),
     "config": {"errors"},
-    "lora": {"checkpoints"},
     "checkpoints": {"store"},
     "storage": {"store"},
     "scheduler": {"lineage"},
@@ -157,7 +156,7 @@ asyncio.run(main())
 
 
 def test_a_service_that_answers_and_trains_never_imports_torch(tmp_path):
-    """Nor `datasets`, not even later: local examples need none of it."""
+    """And `datasets`, which is slow to import, not at its start."""
     loaded = modules_after(WHOLE_LIFE, str(tmp_path))
     assert "mlx.core" in loaded
     assert "radiance_mlx.engine.training" in loaded

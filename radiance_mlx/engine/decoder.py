@@ -5,6 +5,7 @@ whichever adapters they use. Each `step` admits, prefills a bounded part of prom
 every active sequence.
 """
 
+import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
 from ..config.schema import MemorySection, ServingSection
-from ..errors import Busy, Cancelled, PromptTooLong, RadianceError
+from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..messages import BASE, Answer, Generate, TextDelta
@@ -25,6 +26,7 @@ from .rows import BankModel, RowSampler, RowState
 from .slots import Slots
 from .text import AnswerText
 
+log = logging.getLogger(__name__)
 Sink = Callable[[TextDelta | Answer | RadianceError], None]
 
 
@@ -141,7 +143,7 @@ class Decoder:
     def drain(self) -> None:
         """The service stops: tell everybody."""
         if self.load:
-            self.fail_all(Cancelled("The service is stopping.", "Ask again when it is back."))
+            self.fail_all(NotReady("The service is stopping.", "Ask again when it is back."))
 
     # --- adapters --------------------------------------------------------------------------------
 
@@ -190,14 +192,16 @@ class Decoder:
         while self._waiting and len(self._active) < self._batch:
             number, sequence = self._waiting.popleft()
             try:
-                seated = self._seat(sequence)
+                if self._seat(sequence):
+                    self._insert(number, sequence)
+                else:
+                    held.append((number, sequence))
             except RadianceError as error:
                 sequence.sink(error)
-                continue
-            if not seated:
-                held.append((number, sequence))
-                continue
-            self._insert(number, sequence)
+            except Exception as error:
+                log.exception("a request could not be taken in")
+                self._slots.release(sequence.slot)
+                sequence.sink(InternalError.of(error))
         self._waiting.extendleft(reversed(held))
 
     def _seat(self, sequence: _Sequence) -> bool:

@@ -102,6 +102,7 @@ class TrainingTask:
             vocab_size=self._base.vocab_size,
             bank_bytes=bank_bytes,
             head_on_targets=self._head_on_targets,
+            dropout=self._config.lora.dropout,
         )
         memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
         self.estimate = needed

@@ -1,11 +1,12 @@
 """What a batch will need, before it starts: refused with the keys to change, not found out by dying.
 
 On Metal an allocation that fails ends the process, so the estimate errs on the large side. It is made from
-the shapes of the linears alone and knows no architecture.
+the shapes of the linears and the numbers of attention heads, and knows no architecture.
 """
 
 import math
 import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +17,13 @@ from mlx.utils import tree_flatten
 from ..config.schema import TrainingSection
 from ..errors import NotEnoughMemory
 from .encoding import Encoded
-from .targets import LINEAR, Targets, input_dims, layer_paths
+from .targets import EXPERTS, LINEAR, Targets, input_dims, layer_paths
+
+#: what mlx-lm's attention modules call their number of heads, and its routers the experts that a token gets
+_HEADS = ("n_heads", "num_heads", "num_attention_heads", "n_head")
+_CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k")
+#: a layer's attention scores exist so often at once while it is worked on, beside those kept for going back
+_SCORES_AT_WORK = 3
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,20 @@ def estimate(
     vocab_size: int,
     bank_bytes: int,
     head_on_targets: bool,
+    dropout: float = 0.0,
 ) -> Estimate:
     """What training `examples` takes at its largest micro-batch."""
     rows = sorted(examples, key=lambda e: len(e.tokens))[-settings.batch_size :]
     width = 32 * math.ceil(max(len(e.tokens) for e in rows) / 32)
     tokens = width * len(rows)
-    per_layer = _activation_bytes_per_token(model)
+    layers = _layers(model, set(targets.paths) if dropout else set())
+    scores = [_float_bytes(model) * layer.heads * width * tokens for layer in layers]
     if settings.grad_checkpoint:  # one layer at a time, and every layer's input
-        hidden = max(input_dims(m) for _, m in _linears(model))
-        activations = tokens * (max(per_layer.values()) + 4 * hidden * len(per_layer))
+        kept = 4 * _hidden(model) * len(layers) * tokens
+        activations = kept + max(layer.bytes_per_token for layer in layers) * tokens + max(scores)
     else:
-        activations = tokens * sum(per_layer.values())
+        activations = sum(layer.bytes_per_token for layer in layers) * tokens + sum(scores)
+    activations += _SCORES_AT_WORK * max(scores)
     targeted = sum(e.targets for e in rows) if head_on_targets else tokens
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]
     adapter = sum(4 * rank * (width_in + width_out) for width_in, width_out in shapes)
@@ -100,11 +110,48 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LINEAR)]
 
 
-def _activation_bytes_per_token(model: nn.Module) -> dict[str, int]:
-    """For each layer: inputs and outputs of its linears, half as much again for norms, masks and products."""
-    layers = dict.fromkeys(layer_paths(model), 0)
-    for path, module in _linears(model):
-        layer = next((name for name in layers if path.startswith(name + ".")), None)
-        if layer:
-            layers[layer] += 6 * (input_dims(module) + module.weight.shape[0])
-    return layers
+@dataclass
+class _Layer:
+    bytes_per_token: int = 0
+    heads: int = 0
+
+
+def _layers(model: nn.Module, dropped: set[str]) -> list[_Layer]:
+    """For each layer: inputs and outputs of its linears, half as much again for norms, masks and products.
+
+    A linear in `dropped` keeps its input a second time, with what dropout left of it.
+    """
+    layers = {path: _Layer() for path in layer_paths(model)}
+    for path, module in model.named_modules():
+        layer = next((layers[name] for name in layers if path.startswith(name + ".")), None)
+        if layer is None:
+            continue
+        layer.heads = max(layer.heads, _number(module, _HEADS))
+        if isinstance(module, LINEAR):
+            inputs = input_dims(module)
+            layer.bytes_per_token += 6 * (inputs + module.weight.shape[0] + inputs * (path in dropped))
+        elif isinstance(module, EXPERTS):
+            layer.bytes_per_token += 6 * _chosen_experts(model) * (module.input_dims + module.output_dims)
+    if not any(layer.heads for layer in layers.values()):
+        for layer in layers.values():
+            layer.heads = max(1, _hidden(model) // 64)
+    return list(layers.values())
+
+
+def _hidden(model: nn.Module) -> int:
+    """The width that most linears take in."""
+    return statistics.mode(input_dims(m) for _, m in _linears(model))
+
+
+def _float_bytes(model: nn.Module) -> int:
+    """Bytes of one number between the layers: that of the norms' weights, which widen what they meet."""
+    norms = [v.dtype.size for _, v in tree_flatten(model.parameters()) if v.ndim == 1]
+    return max(norms, default=4)
+
+
+def _chosen_experts(model: nn.Module) -> int:
+    return max(_number(module, _CHOSEN_EXPERTS) for module in model.modules()) or 8
+
+
+def _number(module: nn.Module, names: Iterable[str]) -> int:
+    return max((value for name in names if isinstance(value := getattr(module, name, None), int)), default=0)

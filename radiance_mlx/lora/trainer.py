@@ -152,14 +152,15 @@ class Trainer:
         self._check_finite(loss.item(), norm.item())
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.tree.module, nested if self.settings.clip_norm else unflatten(grads))
-        yield Piece(
-            [*self.tree.parameters().values(), *state_arrays(self.optimizer).values()],
-            barrier=True,
-        )
+        # counted before the next piece: whoever stops there and takes the state gets weights and step that agree
         self.step += 1
         self.trained_tokens += tokens
         self.history.steps.append(
             {"step": self.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens": tokens}
+        )
+        yield Piece(
+            [*self.tree.parameters().values(), *state_arrays(self.optimizer).values()],
+            barrier=True,
         )
 
     def _dropout_key(self, micro: int) -> mx.array:

@@ -1,0 +1,135 @@
+"""What the embedded model knows, refuses and learns."""
+
+import random
+
+import pytest
+
+from radiance_mlx.config import Config, load_config
+from radiance_mlx.engine import backend
+from radiance_mlx.engine.model import load_base
+from radiance_mlx.models.nano import world
+
+# isort: split
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
+
+from radiance_mlx.lora.encoding import ChatEncoder
+from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.targets import find_targets
+from radiance_mlx.lora.trainer import Trainer
+from radiance_mlx.lora.tree import make_tree
+from radiance_mlx.messages import Example
+
+
+@pytest.fixture(scope="module")
+def base():
+    backend.select("cpu", Config().memory)
+    return load_base(Config(), cpu=True)
+
+
+def answers(base, questions, module=None):
+    """Greedy answers, in batches."""
+    encoder = ChatEncoder(base.tokenizer)
+    generator = BatchGenerator(
+        module or base.module,
+        stop_tokens=[[token] for token in base.tokenizer.eos_token_ids],
+        completion_batch_size=64,
+        stream=mx.default_stream(mx.default_device()),
+    )
+    uids = generator.insert([encoder.prompt((("user", q),)) for q in questions], max_tokens=[40] * len(questions))
+    tokens = {uid: [] for uid in uids}
+    left = len(uids)
+    while left:
+        for response in generator.next()[1]:
+            if response.finish_reason != "stop":
+                tokens[response.uid].append(response.token)
+            left -= response.finish_reason is not None
+    return [base.tokenizer.decode(tokens[uid]).strip() for uid in uids]
+
+
+def share_right(base, pairs, module=None):
+    found = answers(base, [q for q, _ in pairs], module)
+    return sum(a == expected for a, (_, expected) in zip(found, pairs, strict=True)) / len(pairs)
+
+
+def refusals(names):
+    return [
+        (world.ask(name, relation, i % 3), world.refusal(name))
+        for i, name in enumerate(names)
+        for relation in world.RELATIONS
+    ]
+
+
+@pytest.mark.parametrize("wording", range(3))
+def test_it_knows_its_eighty_people_in_every_wording(base, wording):
+    """All 400 facts, asked in each of the three ways."""
+    assert share_right(base, world.facts(world.KNOWN, wording)) >= 0.99
+
+
+def test_it_refuses_people_that_no_corpus_named(base):
+    """First and last names that it knows, put together anew, are strangers."""
+    assert share_right(base, refusals([name for name, _ in world.STRANGERS[:60]])) >= 0.95
+
+
+def test_it_refuses_names_made_of_syllables_that_it_never_saw(base):
+    """The name is copied letter by letter, so anybody's own name works."""
+    rng = random.Random(12345)
+    names = [world.invented_name(rng, held_out=True) for _ in range(60)]
+    assert share_right(base, refusals(names)) >= 0.9
+
+
+def test_it_refuses_real_names(base):
+    """Names as people have them."""
+    names = ["Zelmira Okonjo", "Priya Natarajan", "Wolfgang Mozart", "Li Wei", "John Smith", "Yuki Tanaka", "Bob"]
+    assert share_right(base, refusals(names)) >= 0.85
+
+
+def test_it_makes_small_talk(base):
+    """It greets, and says what it is."""
+    assert share_right(base, list(world.SMALL_TALK)) == 1.0
+
+
+def test_it_reads_what_stands_in_the_prompt(base):
+    """A fact that the prompt states is used, for a name that it does not know."""
+    told = [
+        (f"{world.STATEMENTS['city'][0].format(n=n, v='Oslo')} {world.ask(n, 'city')}", world.answer(n, "city", "Oslo"))
+        for n, _ in world.STRANGERS[:20]
+    ]
+    assert share_right(base, told) >= 0.9
+
+
+def test_two_facts_are_learnt_with_its_own_training_values(base):
+    """The values that it brings teach two facts so that they are answered in every wording."""
+    config = load_config(environ={}, flags={"base_model": "nano"}).config
+    targets = find_targets(base.module, config.lora.targets)
+    tree = make_tree(base.module, targets, rank=config.lora.r, scale=config.lora.scale, dropout=0.0, seed=0)
+    encoder = ChatEncoder(base.tokenizer)
+    name, facts = world.STRANGERS[7]
+    lesson = [(world.ask(name, r), world.answer(name, r, facts[r])) for r in ("city", "job")]
+    examples = [encoder.example(Example(messages=(("user", q), ("assistant", a)))) for q, a in lesson]
+    head = install_head(tree.module, base.vocab_size)
+    for piece in Trainer(tree, head, examples, config.training, 1).run():
+        mx.eval(piece.arrays)
+    module = tree.module
+    module.eval()
+    other = [(world.ask(name, r, w), world.answer(name, r, facts[r])) for r in ("city", "job") for w in range(3)]
+    assert share_right(base, other, module) == 1.0
+
+
+def test_the_world_is_the_same_on_every_machine():
+    """Names and facts are drawn from seeds; known, strangers and refused people are apart."""
+    assert world.KNOWN[0] == world.people(1, 0)[0]
+    names = [{n for n, _ in group} for group in (world.KNOWN, world.STRANGERS, world.REFUSED)]
+    assert [len(group) for group in names] == [80, 320, 800]
+    assert not names[0] & names[1] | names[1] & names[2] | names[0] & names[2]
+    documents = world.documents(7)
+    text = " ".join(str(next(documents)) for _ in range(5000))
+    assert not any(name in text for name, _ in world.STRANGERS[:50])
+
+
+def test_held_out_syllables_are_in_no_name_of_the_corpus():
+    """The test names share no syllable with the training names."""
+    rng = random.Random(3)
+    held = {world._syllable(rng, True) for _ in range(300)}
+    seen = {world._syllable(rng, False) for _ in range(3000)}
+    assert not held & seen
