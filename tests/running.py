@@ -300,4 +300,3 @@ class Process:
         if self._popen.poll() is None:
             self.kill()
         self._log.close()
-

@@ -69,7 +69,7 @@ def test_a_base_without_a_chat_template_gets_plain_prompt_and_answer(tmp_path, f
         assert service.service.facts.chat_template is False
         service.learn(("The sum of all:", " forty two."))
         answer = service.ask("The sum of all:")
-        assert (answer.text, answer.finish_reason) == ("forty two.", "stop")  # mlx-lm's detokenizer drops a leading space
+        assert (answer.text, answer.finish_reason) == ("forty two.", "stop")
 
 
 def test_template_arguments_reach_the_template_and_reasoning_comes_apart(tmp_path, folder):

@@ -15,7 +15,7 @@ from radiance_mlx.lora.trainer import fit_to_data
 
 def numbered(count, length=6):
     """Examples that can be told apart by their first token."""
-    return [Encoded(tuple([i + 1, *range(2, length + i % 5)]), 3) for i in range(count)]
+    return [Encoded((i + 1, *range(2, length + i % 5)), 3) for i in range(count)]
 
 
 def stream(data, size, seed=(0, 1)):

@@ -112,6 +112,17 @@ def test_a_template_that_answers_otherwise_than_it_prompts():
     assert "<think>" not in text(chat, encoded)
 
 
+def test_a_prompt_that_ends_within_a_token_of_the_whole_is_still_the_prompt_that_is_learnt_on():
+    """An opened thought and its line break merge with what follows; the example keeps the asked tokens."""
+    opened = THINKING.replace("assistant\n{% if enable_thinking", "assistant\n<think>\n{% if enable_thinking")
+    chat = encoder(opened)
+    encoded = chat.example(PAIR)
+    prompt = chat.prompt(PAIR.messages[:1])
+    assert list(encoded.tokens[: encoded.offset]) == prompt
+    assert chat.tokenizer.decode(prompt).endswith("<think>\n")
+    assert learnt(chat, encoded) == "\n</think>\n\nYes.<|im_end|>\n"
+
+
 def test_a_template_that_refuses_is_the_callers_fault():
     """What a template raises becomes `InvalidRequest` with its words."""
     chat = encoder(STRICT)
@@ -119,7 +130,7 @@ def test_a_template_that_refuses_is_the_callers_fault():
         chat.prompt((("user", "a"), ("user", "b")))
 
 
-@pytest.mark.parametrize("room", [8, 9, 16, 31])
+@pytest.mark.parametrize("room", [8, 9, 16, 31, 60])
 @pytest.mark.parametrize(("asked", "answered"), [(3, 60), (60, 3), (60, 60), (20, 20)])
 def test_over_long_examples_are_cut_and_say_by_how_much(asked, answered, room):
     """The answer keeps its start and the prompt its end; the prompt yields down to half of the room first."""

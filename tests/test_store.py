@@ -63,9 +63,7 @@ def store(tmp_path: Path, clock: Clock) -> Iterator[Store]:
     opened.close()
 
 
-def accept(
-    store: Store, *texts: str, key: str | None = None, body_hash: str = "hash", **more: Any
-) -> JobRecord:
+def accept(store: Store, *texts: str, key: str | None = None, body_hash: str = "hash", **more: Any) -> JobRecord:
     examples = [Example(text=text) for text in texts or ("one",)]
     curated = {"examples.jsonl": b"curated"}
     job, _ = store.accept(
@@ -74,9 +72,7 @@ def accept(
     return job
 
 
-def record(
-    checkpoint: str, parent: str | None = None, jobs: tuple[str, ...] = (), **more: Any
-) -> CheckpointRecord:
+def record(checkpoint: str, parent: str | None = None, jobs: tuple[str, ...] = (), **more: Any) -> CheckpointRecord:
     values: dict[str, Any] = {
         "checkpoint": checkpoint,
         "number": int(checkpoint.rpartition("_")[2]),
@@ -97,9 +93,7 @@ def train(store: Store, parent: str | None = None, **more: Any) -> str:
     """One job, all the way to a published checkpoint."""
     job = accept(store)
     checkpoint = store.start_batch([job.job_id], more.get("base_hash", BASE))
-    store.publish(
-        record(checkpoint, parent, (job.job_id,), **more), events=[("published", {"id": checkpoint})]
-    )
+    store.publish(record(checkpoint, parent, (job.job_id,), **more), events=[("published", {"id": checkpoint})])
     return checkpoint
 
 
@@ -119,9 +113,7 @@ def statuses(store: Store) -> list[str]:
 
 def test_accept_makes_a_queued_job_with_all_its_fields(store: Store, clock: Clock) -> None:
     """A job has a rising number, the time of the clock, what was posted, and nothing else yet."""
-    job, new = store.accept(
-        [Example(text="a"), Example(text="b")], ("x", "y"), raw=b"{}", curated={}, body_hash="h"
-    )
+    job, new = store.accept([Example(text="a"), Example(text="b")], ("x", "y"), raw=b"{}", curated={}, body_hash="h")
     assert new
     assert job.as_dict() == {
         "job_id": "job_000001",
@@ -196,9 +188,7 @@ def test_same_key_and_body_is_one_job(store: Store) -> None:
     """A repeated post answers with the first job as it now stands, and stores nothing."""
     first = accept(store, "a", key="k")
     store.set_state([first.job_id], "paused")
-    again, new = store.accept(
-        [Example(text="b")], [], raw=b"other", curated={}, idempotency_key="k", body_hash="hash"
-    )
+    again, new = store.accept([Example(text="b")], [], raw=b"other", curated={}, idempotency_key="k", body_hash="hash")
     assert not new
     assert (again.job_id, again.state) == (first.job_id, "paused")
     assert store.count_jobs()["paused"] == 1
@@ -686,9 +676,7 @@ def test_values_are_remembered_by_name(tmp_path: Path, store: Store) -> None:
 def test_pragmas_make_a_commit_durable(tmp_path: Path, store: Store) -> None:
     """Write-ahead log, full sync and foreign keys are on."""
     with store._database.read() as db:
-        values = {
-            name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")
-        }
+        values = {name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")}
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         if sys.platform == "darwin":
             assert db.execute("PRAGMA fullfsync").fetchone()[0] == 1

@@ -4,19 +4,21 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import Cancelled, InvalidRequest
-from ..messages import FINAL_STATES, Answer, JobState
+from ..messages import FINAL_STATES, JobState
 from ..service import Service
 from . import schemas
 from .bodies import parse, parse_update, read_body
 from .responses import answer_body, checkpoint_body, job_body
 from .sse import streamed
 
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -33,12 +35,14 @@ async def search(request: Request) -> Response:
     body = parse(schemas.SearchRequest, await read_body(request, service.config.server))
     asked = await service.address(body.as_request())
     if asked.stream:
-        return streamed(service, asked, started)
+        pieces = service.stream(asked)
+        first = await _unless_client_leaves(request, anext(pieces))  # what goes wrong before has its own status
+        return streamed(first, pieces, started)
     answer = await _unless_client_leaves(request, service.search(asked))
     return JSONResponse(answer_body(answer, time.perf_counter() - started))
 
 
-async def _unless_client_leaves(request: Request, answering: Awaitable[Answer]) -> Answer:
+async def _unless_client_leaves(request: Request, answering: Awaitable[T]) -> T:
     """Await an answer; if the client disconnects first, cancel it, which ends the generation."""
     task = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(_disconnected(request))

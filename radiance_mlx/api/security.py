@@ -45,7 +45,8 @@ class Guard:
             raise Forbidden(f"The origin {origin} is not on the list.", "See server.allowed_origins.")
         if self._settings.token and path not in OPEN_ROUTES:
             scheme, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(given.strip().encode(), self._settings.token.encode())
+            # header values are bytes, read as Latin-1
+            right = hmac.compare_digest(given.strip().encode("latin-1"), self._settings.token.encode())
             if scheme.lower() != "bearer" or not right:
                 raise Unauthorized("A token is needed.", "Send 'authorization: Bearer <server.token>'.")
 

@@ -9,30 +9,35 @@ from typing import Any
 from sse_starlette.sse import EventSourceResponse
 
 from ..errors import RadianceError
-from ..messages import Answer, Generate
-from ..service import Service
+from ..messages import Answer, TextDelta
 from .responses import answer_body
 
-
-def streamed(service: Service, request: Generate, started: float) -> EventSourceResponse:
-    """The response for a request that has been through `Service.address`."""
-    return EventSourceResponse(_events(service, request, started), ping=15)
+Pieces = AsyncIterator[TextDelta | Answer]
 
 
-async def _events(service: Service, request: Generate, started: float) -> AsyncIterator[dict[str, str]]:
+def streamed(first: TextDelta | Answer, rest: Pieces, started: float) -> EventSourceResponse:
+    """The response whose first piece has come already; leaving it closes `rest`."""
+    return EventSourceResponse(_events(first, rest, started), ping=15)
+
+
+async def _events(first: TextDelta | Answer, rest: Pieces, started: float) -> AsyncIterator[dict[str, str]]:
     try:
-        async with aclosing(service.stream(request)) as pieces:  # type: ignore[type-var]
-            async for item in pieces:
-                if isinstance(item, Answer):
-                    yield _data(answer_body(item, time.perf_counter() - started))
-                else:
-                    if item.reasoning:
-                        yield _data({"reasoning": item.reasoning})
-                    if item.text:
-                        yield _data({"text": item.text})
+        async with aclosing(rest):  # type: ignore[type-var]
+            for event in _of(first, started):
+                yield event
+            async for item in rest:
+                for event in _of(item, started):
+                    yield event
     except RadianceError as error:
         yield _data({"error": error.as_dict()})
     yield {"data": "[DONE]"}
+
+
+def _of(item: TextDelta | Answer, started: float) -> list[dict[str, str]]:
+    if isinstance(item, Answer):
+        return [_data(answer_body(item, time.perf_counter() - started))]
+    reasoning = [_data({"reasoning": item.reasoning})] if item.reasoning else []
+    return [*reasoning, _data({"text": item.text})] if item.text else reasoning
 
 
 def _data(body: dict[str, Any]) -> dict[str, str]:

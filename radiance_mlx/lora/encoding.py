@@ -61,23 +61,39 @@ class ChatEncoder:
             answer = list(self.tokenizer.encode(messages[-1][1], add_special_tokens=False))
             return prompt, self._ended(answer)
         whole = self._render(messages, add_generation_prompt=False)
-        # some templates render the last turn otherwise than they prompt for it: what differs is learnt
-        shared = next(
-            (i for i, (p, w) in enumerate(zip(prompt, whole, strict=False)) if p != w),
-            min(len(prompt), len(whole)),
-        )
+        both = zip(prompt, whole, strict=False)
+        shared = next((i for i, (p, w) in enumerate(both) if p != w), min(len(prompt), len(whole)))
+        if shared < len(prompt) and (rest := self._rest_of_text(messages)) is not None:
+            return prompt, rest
+        # a template that renders the last turn otherwise than it prompts for it: what differs is learnt
         return whole[:shared], whole[shared:]
 
+    def _rest_of_text(self, messages: Messages) -> list[int] | None:
+        """What follows the prompt's text, as tokens of its own; None if the whole does not begin with it.
+
+        A prompt may end within what becomes one token of the whole (an opened thought and its line break):
+        the example is then learnt after the very tokens that will be asked.
+        """
+        prompt = self._apply(messages[:-1], add_generation_prompt=True, tokenize=False)
+        whole = self._apply(messages, add_generation_prompt=False, tokenize=False)
+        if not whole.startswith(prompt):
+            return None
+        return list(self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False))
+
     def _render(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
+        return list(self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True))
+
+    def _apply(self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool) -> Any:
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
-            tokens = self.tokenizer.apply_chat_template(chat, add_generation_prompt=add_generation_prompt, **self._args)
+            return self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **self._args
+            )
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}",
                 "Check the roles and their order.",
             ) from error
-        return list(tokens)
 
     def _ended(self, tokens: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id

@@ -22,7 +22,7 @@ from .tree import TrainingTree
 
 @dataclass(frozen=True)
 class Piece:
-    """Arrays to evaluate together. After a `barrier` piece, the maker needs their values to go on."""
+    """Arrays to evaluate together. What follows a `barrier` piece is asked for once they have been evaluated."""
 
     arrays: list[mx.array]
     barrier: bool = False

@@ -141,8 +141,8 @@ class Trainer:
             total = add_grads(total, result.grads)
             losses.append(result.loss)
             tokens += int(batch[0].size) - batch[0].shape[0]
-            if len(batches) > 1:
-                yield Piece(list(total.values()))
+            if len(batches) > 1:  # a barrier: two micro-batches evaluated together would take twice the memory
+                yield Piece(list(total.values()), barrier=True)
         assert total is not None
         grads = {name: grad / len(batches) for name, grad in total.items()} if len(batches) > 1 else total
         loss = mx.stack(losses).mean()

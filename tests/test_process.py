@@ -1,0 +1,179 @@
+"""The service as a process: how it stops, what it finds again after a crash, and who may start beside it."""
+
+import json
+import signal
+import socket
+import threading
+
+import pytest
+from running import ENDLESS, FACTS, Process, until
+
+#: saved all the time: to be killed in the middle and gone on with
+LONG = {"training.max_steps": 60, "training.batch_size": 1, "training.save_every_s": 0.01}
+MAIN = "import sys; from radiance_mlx.cli.main import main; sys.exit(main())"
+#: the same program, which ends as by `kill -9` at a given place
+DIES_BEFORE_THE_ROW = (
+    "import os; from radiance_mlx.lineage import Lineage\n"
+    "async def publish(self, *rest): os._exit(9)\n"
+    "Lineage.publish = publish\n" + MAIN
+)
+DIES_AFTER_THE_ROW = (
+    "import os; from radiance_mlx.store import Store; whole = Store.publish\n"
+    "def publish(self, *rest, **more): whole(self, *rest, **more); os._exit(9)\n"
+    "Store.publish = publish\n" + MAIN
+)
+DIES_OF_THE_FIRST_JOB = (
+    "import os; from radiance_mlx.engine.training import TrainingTask as Task; whole = Task.slice\n"
+    "def slice(self, seconds):\n"
+    "    if 'job_000001' in self.batch.jobs: os._exit(9)\n"
+    "    return whole(self, seconds)\n"
+    "Task.slice = slice\n" + MAIN
+)
+ENGINE_DIES = "from radiance_mlx.engine.core import Engine\nEngine.step = lambda self: 1 / 0\n" + MAIN
+
+
+def open_stream(process):
+    """A long answer on its way: an event set when its first piece is there, and the thread that reads on."""
+    begun = threading.Event()
+
+    def read():
+        body = {"prompt": "Hello!", "max_tokens": 490, "temperature": 8, "seed": 3, "stream": True}
+        try:
+            with process.client.stream("POST", "/search", json=body) as response:
+                for line in response.iter_lines():
+                    if line:
+                        begun.set()
+        except Exception:
+            begun.set()  # cut off: what is to be seen is that nobody hangs
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert begun.wait(60)
+    return thread
+
+
+def test_one_signal_stops_in_good_order_and_training_goes_on_where_it_was(start):
+    """SIGTERM or Ctrl-C: within 10 s and with exit code 0, with a stream open, and no attempt is counted."""
+    first = start(**ENDLESS).ready()
+    job = first.update(FACTS[0])
+    reached = first.wait_for_step(job, 60)["progress"]["step"]
+    reader = open_stream(first)
+    first.signal(signal.SIGTERM)
+    assert first.exit_code(10) == 0
+    reader.join(10)
+    assert not reader.is_alive()
+    assert not (first.home / "state" / "server.json").exists()
+
+    second = start(**ENDLESS).ready()
+    again = second.wait_for_step(job)
+    assert again["progress"]["step"] > reached
+    assert again["attempts"] == 1
+    assert second.get("/checkpoints")["checkpoints"] == []
+    second.signal(signal.SIGINT)
+    assert second.exit_code(10) == 0
+
+
+def test_a_second_ctrl_c_ends_it_at_once(start):
+    process = start().ready()
+    reader = open_stream(process)  # which would be given some seconds to end
+    process.signal(signal.SIGINT)
+    until(lambda: "stopping" in process.log)
+    process.signal(signal.SIGINT)
+    assert process.exit_code(10) == 128 + signal.SIGINT
+    reader.join(10)
+
+
+def test_a_process_killed_right_after_it_accepted_an_update_publishes_it_once_after_the_next_start(start):
+    first = start().ready()
+    job = first.update(FACTS[0])
+    first.kill()
+    second = start().ready()
+    checkpoint = second.wait(job)["checkpoint"]
+    listed = second.get("/checkpoints")
+    assert [record["checkpoint"] for record in listed["checkpoints"]] == [checkpoint] == [listed["current"]]
+    assert second.post("/search", {"prompt": "Hello!"})["checkpoint"] == checkpoint
+
+
+def test_a_process_killed_while_it_trains_goes_on_from_the_last_saved_step(start):
+    first = start(**LONG).ready()
+    job = first.update(FACTS[0])
+    first.wait_for_step(job, 3)
+    until(lambda: list((first.home / "state" / "training").glob("A_*")))
+    first.kill()
+    second = start(**LONG).ready()
+    done = second.wait(job)
+    assert done["attempts"] == 2
+    assert any("taken up again at step" in note for note in done["notes"])
+    assert len(second.get("/checkpoints")["checkpoints"]) == 1
+    until(lambda: not list((second.home / "state" / "training").iterdir()))
+
+
+@pytest.mark.parametrize("fault", [DIES_BEFORE_THE_ROW, DIES_AFTER_THE_ROW], ids=["before the row", "after the row"])
+def test_a_process_that_dies_as_it_publishes_has_published_once_after_the_next_start(start, fault):
+    """Between the folder's rename and the row of the checkpoint, and right after it: one checkpoint, not two."""
+    first = start(script=fault).ready()
+    job = first.update(FACTS[0])
+    assert first.exit_code() == 9
+    (folder,) = (first.home / "adapters").glob("A_*")
+    before = folder.stat().st_mtime_ns
+    second = start().ready()
+    done = second.wait(job)
+    assert (done["checkpoint"], done["attempts"]) == (folder.name, 1)
+    (record,) = second.get("/checkpoints")["checkpoints"]
+    assert (record["checkpoint"], record["parent"], record["jobs"]) == (folder.name, None, [job])
+    assert folder.stat().st_mtime_ns == before  # not trained again
+    assert (second.home / "metrics" / f"{folder.name}.json").is_file()
+    assert len(list((second.home / "adapters").iterdir())) == 1
+
+
+def test_a_job_that_ends_the_process_three_times_is_quarantined_and_its_company_is_published(start):
+    batched = {"update_mode": "batched", "batch.max_examples": 2, "script": DIES_OF_THE_FIRST_JOB}
+    first = start(**batched).ready()
+    bad, good = first.update(FACTS[0]), first.update(FACTS[1])
+    assert first.exit_code() == 9
+    for _ in range(2):
+        assert start(**batched).exit_code() == 9
+    last = start(**{**batched, "batch.max_examples": 1}).ready()
+    quarantined = last.wait(bad, "quarantined")
+    assert "3 times" in quarantined["error"]["message"]
+    assert quarantined["checkpoint"] is None
+    assert last.wait(good)["state"] == "published"
+    (record,) = last.get("/checkpoints")["checkpoints"]
+    assert record["jobs"] == [good]
+
+
+def refusal(process: Process) -> str:
+    """What a process that cannot start says; it ends with an exit code of its own, and without a traceback."""
+    code = process.exit_code()
+    assert code not in (0, -signal.SIGTERM)
+    assert "Traceback" not in process.log, process.log
+    return process.log
+
+
+def test_a_second_process_on_the_same_home_is_refused_and_told_who_has_it(start):
+    first = start().ready()
+    before = first.log
+    said = refusal(start())[len(before) :]
+    assert "is in use by" in said
+    assert str(first.pid) in said
+    assert first.get("/readyz") == {"status": "ready"}
+    address = json.loads((first.home / "state" / "server.json").read_text())
+    assert address["pid"] == first.pid
+
+
+def test_what_keeps_it_from_starting_is_one_clear_error(start, tmp_path):
+    """A port that is taken, a base model that is none: said, and nothing is left behind."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = refusal(start(**{"server.port": port}, home=tmp_path / "port"))
+        assert f"Cannot listen on 127.0.0.1:{port}" in said
+    said = refusal(start(base_model=str(tmp_path), home=tmp_path / "model"))
+    assert "config.json" in said
+    assert not (tmp_path / "model" / "state" / "server.json").exists()
+
+
+def test_a_process_whose_engine_has_died_ends_with_an_exit_code(start):
+    """Something must start it again: one that lives on and answers nothing would be worse."""
+    process = start(script=ENGINE_DIES)
+    assert process.exit_code() == 1
+    assert "ZeroDivisionError" in process.log
