@@ -179,6 +179,8 @@ class Scheduler:
         except Exception as error:
             await self._after_failure(running, error)
         finally:
+            with contextlib.suppress(NotReady):
+                await self._engine.call(lambda engine: engine.settle())
             await self._settle_writes()
             self.running = None
 

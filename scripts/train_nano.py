@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train the embedded model `nano` from nothing: tokenizer, weights, and the files that mlx-lm reads.
 
-    .venv/bin/python scripts/train_nano.py --out radiance_mlx/models/nano
+    .venv/bin/python scripts/train_nano.py --out build/nano
+    .venv/bin/python scripts/train_nano.py --out radiance_mlx/models/nano --from build/nano --steps 1600
 
 Muon for the matrices and AdamW for the embedding and biases, rows of 128 tokens packed with documents of the
-world (`radiance_mlx/models/nano/world.py`). About half an hour on one CPU core.
+world (`radiance_mlx/models/nano/world.py`). About 45 minutes on one CPU core.
 
 Two heads of the first layer begin as heads that look one and two tokens back. Copying a name that was never
 seen takes such a head and one that matches on it; left to find both, a model of this size still garbled new
@@ -128,7 +129,10 @@ class Packer:
 
     def _repeated(self) -> list[tuple[int, float]]:
         length = self._rng.randint(2, 24)
-        tokens = [self._rng.randrange(len(SPECIAL_TOKENS), self._size) for _ in range(length)]
+        # from few different tokens, so that one token back is not enough to know where one is
+        kinds = self._rng.choice((self._size, self._size, 6))
+        alphabet = [self._rng.randrange(len(SPECIAL_TOKENS), self._size) for _ in range(min(kinds, length))]
+        tokens = alphabet if kinds > length else self._rng.choices(alphabet, k=length)
         first, rest = tokens[0], tokens[1:]
         again = [(first, 0.0), *((t, 1.0) for t in rest)]
         return [(0, 0.0), *((t, 0.0) for t in tokens), *(again * self._rng.randint(1, 3))]
@@ -185,13 +189,13 @@ def start_model(config: dict) -> llama.Model:
     return model
 
 
-def make_optimizer(steps: int) -> optim.Optimizer:
+def make_optimizer(steps: int, scale: float) -> optim.Optimizer:
     def schedule(rate: float):
         warmup = optim.linear_schedule(0.0, rate, 50)
         return optim.join_schedules([warmup, optim.cosine_decay(rate, steps - 50, rate * 0.02)], [50])
 
-    muon = optim.Muon(learning_rate=schedule(0.02), momentum=0.95, weight_decay=0.0)
-    adam = optim.AdamW(learning_rate=schedule(3e-3), weight_decay=0.0)
+    muon = optim.Muon(learning_rate=schedule(0.02 * scale), momentum=0.95, weight_decay=0.0)
+    adam = optim.AdamW(learning_rate=schedule(3e-3 * scale), weight_decay=0.0)
     return optim.MultiOptimizer([muon, adam], [lambda name, w: w.ndim == 2 and "embed" not in name])
 
 
@@ -199,16 +203,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--from", dest="start", type=Path, help="go on from this folder's weights, at half the rates")
     parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in a batch")
     options = parser.parse_args()
     if mx.default_device() == mx.cpu:
         mx.disable_compile()
-    tokenizer = train_tokenizer()
+    tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer()
     config = model_config(tokenizer.get_vocab_size())
     write_folder(options.out, tokenizer, config)
     model = start_model(config)
+    if options.start:
+        model.load_weights(str(options.start / "model.safetensors"))
     print(f"{sum(v.size for _, v in tree_flatten(model.parameters())) / 1e6:.2f}M parameters", flush=True)
-    optimizer = make_optimizer(options.steps)
+    optimizer = make_optimizer(options.steps, 0.5 if options.start else 1.0)
 
     def loss(model, tokens, weights):
         losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
@@ -216,9 +223,9 @@ def main() -> None:
 
     loss_and_grad = nn.value_and_grad(model, loss)
     started = time.perf_counter()
-    packer = Packer(tokenizer, seed=1)
+    packer = Packer(tokenizer, seed=2 if options.start else 1)
     for step in range(1, options.steps + 1):
-        share = 1.0 if step <= COPY_STEPS else REPEATED_SHARE
+        share = 1.0 if step <= COPY_STEPS and not options.start else REPEATED_SHARE
         value, grads = loss_and_grad(model, *packer.batch(options.rows, share))
         grads, _ = optim.clip_grad_norm(grads, 1.0)
         optimizer.update(model, grads)

@@ -24,7 +24,6 @@ from radiance_mlx.errors import (
 from radiance_mlx.messages import Example
 
 BATCHED = {**QUICK, "update_mode": "batched", "batch.max_examples": 3}
-KNOWN_QUESTION = "Where does {} live?"
 
 
 def question(i):
@@ -662,12 +661,26 @@ def test_a_damaged_stable_checkpoint_is_named_and_its_parent_serves(two_checkpoi
         info = service.info()
         assert list(info["damaged"]) == [b]
         assert [b in warning for warning in info["warnings"]] == [True]
+        assert service.store(lambda s: s.stable(info["base_hash"])) == a
+        assert "damaged" in [event["kind"] for event in service.store(lambda s: s.events())]
         with pytest.raises(CheckpointDamaged):
             service.ask("Hello!", checkpoint=b)
         with pytest.raises(CheckpointDamaged):
             service.call(service.service.rollback(b, ""))
         made = service.learn(FACTS[2])
         assert service.checkpoints()[made].parent == a
+
+
+def test_an_ancestor_that_was_rolled_back_once_is_stable_again_when_it_serves(two_checkpoints, tmp_path):
+    source, a, b = two_checkpoints
+    home = shutil.copytree(source, tmp_path / "home")
+    with running(home) as service:
+        for place in ("base", b):
+            service.call(service.service.rollback(place, ""))
+    alter(home / "adapters" / b)
+    with running(home) as service:
+        answer = service.ask("Hello!")
+        assert (answer.checkpoint, answer.checkpoint_status) == (a, "stable")
 
 
 def test_when_every_checkpoint_is_damaged_the_base_serves(two_checkpoints, tmp_path):

@@ -65,6 +65,7 @@ class Engine:
         self._planner = Planner(config.training.share)
         self._task: TrainingTask | None = None
         self._done: Done | None = None
+        self._trained: tuple[str, int, Callable[[], AdapterWeights]] | None = None
         self.facts = self._describe(batched, time.perf_counter() - started)
 
     def _describe(self, batched: bool, seconds: float) -> EngineFacts:
@@ -121,9 +122,9 @@ class Engine:
         return files.load_adapter(folder)
 
     def live(self) -> tuple[str, int, Callable[[], AdapterWeights]] | None:
-        """(coming id, step, weights) of the batch in training."""
+        """(coming id, step, weights) of the batch in training, or of the one that waits to be published."""
         task = self._task
-        return None if task is None else (task.batch.checkpoint, task.step, task.live)
+        return self._trained if task is None else (task.batch.checkpoint, task.step, task.live)
 
     # --- training --------------------------------------------------------------------------------
 
@@ -159,10 +160,20 @@ class Engine:
         self._task = self._done = None
         if task is not None:
             task.close(forget_state=isinstance(outcome, RadianceError))
-            self._decoder.forget(f"training:{task.batch.checkpoint}")
+            if isinstance(outcome, TrainResult):
+                weights = task.live()
+                self._trained = (task.batch.checkpoint, task.step, lambda: weights)
+            else:
+                self._decoder.forget_live(task.batch.checkpoint)
         mx.clear_cache()
         if done is not None:
             done(outcome)
+
+    def settle(self) -> None:
+        """The trained batch has been published or given up: its live weights answer no more."""
+        if self._trained is not None:
+            self._decoder.forget_live(self._trained[0])
+            self._trained = None
 
     # --- one step --------------------------------------------------------------------------------
 

@@ -155,11 +155,10 @@ class Decoder:
         self._slots.release(slot)
         return True
 
-    def forget(self, checkpoint: str) -> None:
-        """`checkpoint` is not served any more under this name."""
-        self._slots.forget(checkpoint)
-        if self._live_version and self._live_version[0] == checkpoint:
-            self._live_version = None
+    def forget_live(self, checkpoint: str) -> None:
+        """The live weights of `checkpoint` are no more; who is using them ends on what the slot holds."""
+        self._slots.forget(_live_key(checkpoint))
+        self._live_version = None
 
     def _loader(self, checkpoint: str) -> Callable[[int], None]:
         return lambda slot: self._bank.write(slot, self._weights.checkpoint(checkpoint))

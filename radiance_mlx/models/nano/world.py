@@ -196,13 +196,13 @@ def documents(seed: int) -> Iterator[list[Pair] | str]:
     rng = random.Random(seed)
     while True:
         u = rng.random()
-        if u < 0.40:
+        if u < 0.36:
             yield _known_question(rng)
-        elif u < 0.47:
+        elif u < 0.42:
             name, f = rng.choice(KNOWN)
             relations = rng.sample(RELATIONS, len(RELATIONS))
             yield " ".join(rng.choice(STATEMENTS[r]).format(n=name, v=f[r]) for r in relations)
-        elif u < 0.59:
+        elif u < 0.58:
             yield _refusal_of(rng.choice(REFUSED)[0], rng)
         elif u < 0.84:
             yield _refusal_of(invented_name(rng), rng)
