@@ -56,7 +56,7 @@ def test_one_signal_stops_in_good_order_and_training_goes_on_where_it_was(start)
     """SIGTERM or Ctrl-C: within 10 s and with exit code 0, with a stream open, and no attempt is counted."""
     first = start(**ENDLESS).ready()
     job = first.update(FACTS[0])
-    reached = first.wait_for_step(job, 60)["progress"]["step"]
+    reached = first.wait_for_step(job, 40)["progress"]["step"]
     reader = open_stream(first)
     first.signal(signal.SIGTERM)
     assert first.exit_code(10) == 0
