@@ -137,11 +137,19 @@ def require_usable(db: sqlite3.Connection, base_hash: str, checkpoint: str) -> C
 
 
 def move(db: sqlite3.Connection, base_hash: str, target: str | None) -> tuple[str | None, list[str]]:
-    """Move the pointer and mark what it leaves; the old place, and the ids left behind, newest first."""
+    """Move the pointer and mark what it leaves; the old place, and the ids left behind, newest first.
+
+    What leads to the target is the lineage now: whatever of it was rolled back is stable again.
+    """
     old = stable(db, base_hash)
-    if target is not None and require_usable(db, base_hash, target).status != "risky":
-        set_status(db, [target], "stable")
-    left = _left_behind(db, base_hash, old, target)
+    if target is not None:
+        reached = require_usable(db, base_hash, target)
+        if reached.status == "candidate":
+            set_status(db, [target], "stable")
+    line = lineage(db, base_hash, target)
+    set_status(db, [r.checkpoint for r in line if r.status == "rolled_back"], "stable")
+    kept = {r.checkpoint for r in line}
+    left = [r.checkpoint for r in lineage(db, base_hash, old) if r.checkpoint not in kept]
     set_status(db, left, "rolled_back")
     point(db, base_hash, target)
     return old, left
@@ -164,17 +172,6 @@ def mark_pruned(db: sqlite3.Connection, checkpoints: Iterable[str]) -> None:
         if stable(db, record.base_hash) == record.checkpoint:
             raise Conflict(f"{record.checkpoint} is the stable checkpoint of its base and must be kept.")
         db.execute("UPDATE checkpoints SET pruned = 1 WHERE checkpoint = ?", (record.checkpoint,))
-
-
-def _left_behind(db: sqlite3.Connection, base_hash: str, old: str | None, target: str | None) -> list[str]:
-    ancestors = [record.checkpoint for record in lineage(db, base_hash, old)]
-    if target is None:
-        return ancestors
-    if target in ancestors:
-        return ancestors[: ancestors.index(target)]
-    if old in [record.checkpoint for record in lineage(db, base_hash, target)]:
-        return []  # a way forward again: the old place is part of the new one
-    return ancestors[:1]
 
 
 def _record(row: sqlite3.Row) -> CheckpointRecord:

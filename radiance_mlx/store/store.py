@@ -225,10 +225,10 @@ class Store:
     ) -> tuple[str | None, str | None]:
         """Point the stable pointer at `to` (None: the base); (old, new).
 
-        A target that is not risky becomes stable. What is left behind becomes rolled_back: the old place
-        and its ancestors down to the target; the old place alone when the target is on another branch;
-        nothing when the target descends from it. An event of `kind` tells it. Moving to where the pointer
-        is changes nothing. Raises `NotFound`, `Conflict` (another base's, or pruned), `CheckpointDamaged`.
+        The target and its ancestors are the lineage now: what of them was rolled back is stable again, and a
+        candidate becomes stable (one that is risky stays so). The old place and its ancestors that are not
+        in that lineage become rolled_back. An event of `kind` tells it. Moving to where the pointer is
+        changes nothing. Raises `NotFound`, `Conflict` (another base's, or pruned), `CheckpointDamaged`.
         """
         with self._database.write() as db:
             old, left = checkpoints.move(db, base_hash, to)
