@@ -92,7 +92,7 @@ def test_a_base_without_recommendations_gets_the_defaults(tmp_path):
     """Only nano's folder has a radiance.json; any other base keeps the specification's training values."""
     config = load(tmp_path, f"base_model: {tmp_path}")
     assert (config.training.lr, config.training.max_steps) == (1e-4, 200)
-    assert recommended_values("nano")["training"]["lr"] == 1e-3
+    assert recommended_values("nano")["training"]["lr"] == 5e-4
 
 
 def test_a_folder_recommends_for_itself(tmp_path):
@@ -211,7 +211,7 @@ def test_config_yaml_explains_every_key_once_with_its_default():
 def test_the_repositorys_config_yaml_loads():
     """A user who starts in the clone gets a valid configuration, with nano's own training values."""
     config = load_config(config_file=ROOT / "config.yaml", environ={}).config
-    assert config.training.lr == 1e-3
+    assert config.training.lr == 5e-4
 
 
 def test_known_paths_name_sections_and_keys():
