@@ -122,9 +122,17 @@ def test_the_world_is_the_same_on_every_machine():
     names = [{n for n, _ in group} for group in (world.KNOWN, world.STRANGERS, world.REFUSED)]
     assert [len(group) for group in names] == [80, 320, 800]
     assert not names[0] & names[1] | names[1] & names[2] | names[0] & names[2]
+
+
+def test_no_document_states_or_refuses_a_fact_about_a_stranger():
+    """Strangers appear only where the prompt itself tells about them; so they can be taught as new."""
     documents = world.documents(7)
-    text = " ".join(str(next(documents)) for _ in range(5000))
-    assert not any(name in text for name, _ in world.STRANGERS[:50])
+    strangers = [name for name, _ in world.STRANGERS]
+    for _ in range(5000):
+        document = next(documents)
+        text = document if isinstance(document, str) else " ".join(document[0])
+        told = not isinstance(document, str) and "." in document[0][0].removeprefix("Hi there.")
+        assert told or not any(name in text for name in strangers)
 
 
 def test_held_out_syllables_are_in_no_name_of_the_corpus():

@@ -2,8 +2,9 @@
 
 People have five relations each (city, job, color, pet, food); every relation has three wordings as a
 statement and three as a question, and one as an answer. The first 80 people are *known*: nano learns
-their facts. It learns to answer ``I do not know that about NAME.`` for everybody else, so the next 320
-(`STRANGERS`) can be taught to it in tests, demos and benchmarks: no corpus ever contains them.
+their facts. It learns to answer ``I do not know that about NAME.`` for everybody else. The next 320
+(`STRANGERS`) are for tests, demos and benchmarks to teach: the corpus has no facts of theirs (their names may
+come up where a prompt itself tells made-up facts to be read from it).
 
 Plain Python, seeded and deterministic: the people are the same on every machine.
 """
@@ -93,7 +94,7 @@ def people(count: int, seed: int) -> list[Person]:
 
 EVERYBODY = people(1200, 0)
 KNOWN = EVERYBODY[:80]
-STRANGERS = EVERYBODY[80:400]  # never in the corpus
+STRANGERS = EVERYBODY[80:400]  # nothing about them is in the corpus
 REFUSED = EVERYBODY[400:]  # in the corpus, as people to say "I do not know" about
 
 
