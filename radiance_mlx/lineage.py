@@ -34,6 +34,8 @@ class Lineage:
         self.status = BASE
         self.warnings: list[str] = []
         self._moving = asyncio.Lock()
+        self._known: dict[str, CheckpointRecord] = {}
+        self._changes = 0
 
     @property
     def current(self) -> str:
@@ -43,6 +45,20 @@ class Lineage:
     def folder(self, checkpoint: str) -> Path:
         """Where a checkpoint's files are."""
         return self._home / "adapters" / checkpoint
+
+    async def record(self, checkpoint: str) -> CheckpointRecord:
+        """A checkpoint's row, read once until something changes. Raises `NotFound`."""
+        known = self._known.get(checkpoint)
+        if known is None:
+            changes = self._changes
+            known = await self._store(lambda s: s.checkpoint(checkpoint))
+            if changes == self._changes:
+                self._known[checkpoint] = known
+        return known
+
+    def _changed(self) -> None:
+        self._changes += 1
+        self._known.clear()
 
     # --- at start --------------------------------------------------------------------------------
 
@@ -83,6 +99,7 @@ class Lineage:
 
     async def _mark_damaged(self, checkpoint: str, why: str) -> None:
         await self._store(lambda s: s.mark_damaged(checkpoint, why))
+        self._changed()
         log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
 
     async def _settle(self, recorded: str | None, record: CheckpointRecord | None) -> None:
@@ -94,6 +111,7 @@ class Lineage:
         await self._serve(sound)
 
     async def _serve(self, checkpoint: str | None) -> None:
+        self._changed()
         self.status = BASE
         if checkpoint is not None:
             self.status = (await self._store(lambda s: s.checkpoint(checkpoint))).status
@@ -190,6 +208,7 @@ class Lineage:
         gone = removable(on_disk, [r.checkpoint for r in chain], self._keep)
         if gone:
             await self._store(lambda s: s.mark_pruned(gone))
+            self._changed()
             for checkpoint in gone:
                 await asyncio.to_thread(shutil.rmtree, self.folder(checkpoint), True)
 

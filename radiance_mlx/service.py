@@ -120,14 +120,14 @@ class Service:
 
         Raises `NotFound`, `CheckpointDamaged` or `Conflict` for a checkpoint that cannot answer.
         """
-        store, _, lineage, _ = self._require()
+        _, _, lineage, _ = self._require()
         if request.checkpoint == STABLE:
             checkpoint, status = lineage.current, lineage.status
         elif request.checkpoint in (BASE, lineage.current):
             checkpoint = request.checkpoint
             status = BASE if checkpoint == BASE else lineage.status
         else:
-            record = await store(lambda s: s.checkpoint(request.checkpoint))
+            record = await lineage.record(request.checkpoint)
             self._require_servable(record, lineage)
             checkpoint, status = record.checkpoint, record.status
         return Generate(

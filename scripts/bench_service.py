@@ -8,6 +8,7 @@ one-token search, searches while a batch trains, and eight searches over four ad
 """
 
 import argparse
+import http.client
 import json
 import os
 import platform
@@ -40,16 +41,28 @@ class Running:
             if self.process.poll() is not None:
                 raise SystemExit("the service did not start")
             time.sleep(0.01)
+        self._local = threading.local()
         self.http = httpx.Client(base_url=json.loads(address.read_text())["url"], timeout=120)
         while self.http.get("/readyz").status_code != 200:
             time.sleep(0.01)
         self.start_s = time.perf_counter() - started
 
     def search(self, prompt: str, **fields) -> tuple[float, dict]:
+        """Seconds and the answer, over a kept-alive connection of this thread.
+
+        By the standard library's client: on two cores, a heavier one would be measured more than the service.
+        """
+        if not hasattr(self._local, "connection"):
+            self._local.connection = http.client.HTTPConnection(self.http.base_url.host, self.http.base_url.port)
+        body = json.dumps({"prompt": prompt, "temperature": 0, **fields})
         started = time.perf_counter()
-        answer = self.http.post("/search", json={"prompt": prompt, "temperature": 0, **fields})
-        answer.raise_for_status()
-        return time.perf_counter() - started, answer.json()
+        self._local.connection.request("POST", "/search", body, {"content-type": "application/json"})
+        answer = self._local.connection.getresponse()
+        text = answer.read()
+        seconds = time.perf_counter() - started
+        if answer.status != 200:
+            raise SystemExit(f"{answer.status}: {text!r}")
+        return seconds, json.loads(text)
 
     def teach(self, pairs) -> tuple[float, str]:
         examples = [{"input": q, "output": a} for q, a in pairs]

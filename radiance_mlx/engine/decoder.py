@@ -27,6 +27,9 @@ from .slots import Slots
 from .text import AnswerText
 
 log = logging.getLogger(__name__)
+#: so many tokens must be new for a finished sequence to be kept: taking its keys and values out costs as much as
+#: computing a few
+WORTH_KEEPING = 16
 Sink = Callable[[TextDelta | Answer | RadianceError], None]
 
 
@@ -267,15 +270,20 @@ class Decoder:
         if ended == "length" and sequence.text.stopped:
             ended = "stop"
         self._deliver(sequence, sequence.text.finish())
-        if response.prompt_cache is not None and not sequence.live:
-            self._prompts.keep(sequence.checkpoint, response.all_tokens, response.prompt_cache[:-1])
+        if response.prompt_cache is not None:
+            self._remember(sequence, response.all_tokens, response.prompt_cache)
         self._leave(sequence.uid)
         sequence.sink(self._answer(sequence, ended))
 
     def _stop_early(self, sequence: _Sequence) -> None:
         kept = self._generator.remove([sequence.uid], return_prompt_caches=True)
-        if sequence.uid in kept and not sequence.live:
+        if sequence.uid in kept:
             cache, tokens = kept[sequence.uid]
+            self._remember(sequence, tokens, cache)
+
+    def _remember(self, sequence: _Sequence, tokens: list[int], cache: list[Any]) -> None:
+        """Keep the prefix, unless the weights were live or nearly all of it came from a kept one."""
+        if not sequence.live and len(tokens) - sequence.cached >= WORTH_KEEPING:
             self._prompts.keep(sequence.checkpoint, tokens, cache[:-1])
 
     def _deliver(self, sequence: _Sequence, delta: TextDelta) -> None:
