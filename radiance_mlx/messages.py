@@ -76,6 +76,7 @@ class Generate:
     sampling: Sampling = field(default_factory=Sampling)
     training: bool = False
     stream: bool = False
+    prompt: tuple[int, ...] | None = None  # the messages as tokens, if they have been encoded already
 
 
 @dataclass(frozen=True, slots=True)

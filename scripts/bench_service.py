@@ -3,6 +3,8 @@
 
     .venv/bin/python scripts/bench_service.py
 
+The prompt cache is off throughout, so that nothing is answered from what another measurement left there.
+
 Start of the service, acknowledgement of an update (fsync included), overhead of HTTP and queueing on a
 one-token search, searches while a batch trains, and eight searches over four adapters at once.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import httpx
 
+from radiance_mlx.messages import FINAL_STATES
 from radiance_mlx.models.nano import world
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +37,16 @@ class Running:
     def __init__(self, home: Path) -> None:
         started = time.perf_counter()
         command = [sys.executable, "-m", "radiance_mlx", "run", "--home", str(home), "--port", "0"]
-        command += ["--base-model", "nano", "--update-mode", "immediate", "--log-level", "warning"]
+        command += [
+            "--base-model",
+            "nano",
+            "--update-mode",
+            "immediate",
+            "--log-level",
+            "warning",
+            "--set",
+            "serving.prompt_cache_mb=0",
+        ]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         address = home / "state" / "server.json"
         while not address.exists():
@@ -76,7 +88,7 @@ class Running:
         return self.http.get(f"/jobs/{job_id}").json()
 
     def wait(self, job_id: str) -> dict:
-        while (job := self.job(job_id))["state"] not in ("published", "failed", "cancelled"):
+        while (job := self.job(job_id))["state"] not in FINAL_STATES:
             time.sleep(0.05)
         return job
 

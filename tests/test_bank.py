@@ -97,7 +97,7 @@ def test_rows_with_an_inner_axis():
     y = linear(x)
     plain = dict(tiny.alone(base, adapter).named_modules())[path]
     assert mx.allclose(y[0], plain(x[0]), atol=1e-4).item()
-    assert mx.array_equal(y[1], linear.linear(x[1])).item()
+    assert mx.allclose(y[1], linear.linear(x[1]), atol=1e-5).item()  # another shape, another path in BLAS
 
 
 # --- batches through mlx-lm's generator ------------------------------------------------------------

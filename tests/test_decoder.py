@@ -208,6 +208,26 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_its_length(make):
     assert answer.prompt_tokens + answer.completion_tokens <= 40
 
 
+def test_a_huge_prompt_is_refused_without_encoding_it(make):
+    """No token has more characters than the longest, so a lower bound of the tokens is enough."""
+    decoder = make()
+
+    def never(messages):
+        raise AssertionError("encoded")
+
+    decoder._encoder.prompt = never
+    error = run(decoder, ask("w" * 1_000_000))[0]
+    assert isinstance(error, PromptTooLong)
+    assert "at least" in error.message
+
+
+def test_hardly_any_temperature_is_greedy(make):
+    """A temperature that would overflow the logits answers as 0 does."""
+    decoder = make()
+    answers = run(decoder, *[ask(KNOWN[0], "a1", temperature=t, seed=1) for t in (0.0, 1e-40, 1e-9)])
+    assert len({a.text for a in answers}) == 1
+
+
 def test_more_adapters_than_seats_wait_for_one(make):
     """With three seats, five adapters are answered one after another, none wrongly."""
     decoder = make(adapter_slots=3, max_batch=8)

@@ -1,6 +1,6 @@
-"""Live weights while a batch trains, until it is published."""
+"""Answers while a batch is prepared, trained and committed."""
 
-from running import FACTS, running
+from running import FACTS, running, until
 
 from radiance_mlx.messages import FINAL_STATES
 
@@ -23,3 +23,33 @@ def test_live_answers_lead_from_the_old_checkpoint_to_the_new_and_never_back(tmp
         assert set(statuses[first:]) <= {"training", "stable"}
         texts = [text for _, text in seen]
         assert texts[-1] == FACTS[0][1]
+
+
+def test_searches_are_answered_while_a_large_batch_is_prepared(tmp_path):
+    """Encoding thousands of examples is cut into slices like training itself."""
+    flags = {"update_mode": "immediate", "training.max_steps": 2, "training.eval_every": 0, "training.stop_loss": 100}
+    with running(tmp_path, flags) as service:
+        job = service.post(*[(f"{question} {i}", answer) for i, (question, answer) in enumerate(FACTS * 60)])
+        task = until(lambda: service.engine(lambda engine: engine._task), "a task")
+        answered = 0
+        while not task.alive:
+            service.ask(FACTS[0][0], max_tokens=2)
+            answered += 1
+        assert answered > 3
+        service.call(service.service.cancel(job))
+        service.wait(job, "cancelled")
+
+
+def test_a_long_prompt_is_encoded_beside_the_engine_and_answered_alike(tmp_path):
+    """A prompt that is long enough to hold the engine up comes with its tokens; the answer is the same."""
+    from radiance_mlx.engine import thread
+
+    flags = {"update_mode": "immediate", "training.max_steps": 2}
+    with running(tmp_path, flags) as service:
+        plain = service.ask(FACTS[0][0])
+        before, thread.LONG_PROMPT = thread.LONG_PROMPT, 1
+        try:
+            beside = service.ask(FACTS[0][0])
+        finally:
+            thread.LONG_PROMPT = before
+        assert (beside.text, beside.prompt_tokens) == (plain.text, plain.prompt_tokens)

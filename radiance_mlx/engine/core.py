@@ -102,6 +102,10 @@ class Engine:
         """Load a checkpoint into the bank. Raises `CheckpointDamaged` or `NotFound`."""
         return self._decoder.warm(checkpoint)
 
+    def prompt_encoder(self) -> ChatEncoder:
+        """An encoder for another thread: it shares nothing with this one (fast tokenizers are not for two at once)."""
+        return ChatEncoder(copy.deepcopy(self._base.tokenizer), self._config.model.chat_template_args)
+
     def status(self) -> dict[str, Any]:
         """Numbers for `/info`."""
         return {
@@ -124,7 +128,7 @@ class Engine:
     def live(self) -> tuple[str, int, Callable[[], AdapterWeights]] | None:
         """(coming id, step, weights) of the batch in training, or of the one that waits to be published."""
         task = self._task
-        return self._trained if task is None else (task.batch.checkpoint, task.step, task.live)
+        return self._trained if task is None or not task.alive else (task.batch.checkpoint, task.step, task.live)
 
     # --- training --------------------------------------------------------------------------------
 

@@ -112,18 +112,22 @@ class Decoder:
         try:
             if len(self._waiting) >= self._serving.max_waiting:
                 raise Busy(f"{len(self._waiting)} requests are waiting.", "Try again in a moment.")
-            prompt = self._encoder.prompt(request.messages)
-            if len(prompt) >= self._context:
-                raise PromptTooLong(
-                    f"The prompt has {len(prompt)} tokens; this model takes {self._context - 1}.",
-                    "Shorten it.",
-                    {"prompt_tokens": len(prompt), "max_tokens": self._context - 1},
-                )
+            self._require_room(self._encoder.at_least(request.messages), "at least ")
+            prompt = list(request.prompt or self._encoder.prompt(request.messages))
+            self._require_room(len(prompt))
             text = AnswerText(self._base.tokenizer, prompt, request.sampling.stop)
         except RadianceError as error:
             sink(error)
             return
         self._waiting.append((number, _Sequence(request, sink, prompt, text)))
+
+    def _require_room(self, tokens: int, about: str = "") -> None:
+        if tokens >= self._context:
+            raise PromptTooLong(
+                f"The prompt has {about}{tokens} tokens; this model takes {self._context - 1}.",
+                "Shorten it.",
+                {"prompt_tokens": tokens, "max_tokens": self._context - 1},
+            )
 
     def cancel(self, number: int) -> None:
         """Forget a request: nothing more is computed for it. Unknown numbers are finished ones."""

@@ -16,6 +16,8 @@ from mlx_lm.sample_utils import apply_top_p
 
 from ..lora.bank import BASE_SLOT, ActiveRows
 
+COLDEST = 1e-4
+
 
 class RowState:
     """One sequence's slot and sampling; `drawn` counts its tokens."""
@@ -23,7 +25,9 @@ class RowState:
     __slots__ = ("drawn", "seed", "slot", "temperature", "top_p")
 
     def __init__(self, slot: int, temperature: float, top_p: float, seed: int) -> None:
-        self.slot, self.temperature, self.top_p, self.seed = slot, temperature, top_p, seed
+        self.slot, self.top_p, self.seed = slot, top_p, seed
+        # so little heat is greedy, and dividing by it would overflow
+        self.temperature = temperature if temperature >= COLDEST else 0.0
         self.drawn = 0
 
 

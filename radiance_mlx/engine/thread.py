@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,15 @@ from ..errors import InternalError, NotReady, RadianceError
 from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
 
 if TYPE_CHECKING:
+    from ..lora.encoding import ChatEncoder
     from .core import Engine
 
 log = logging.getLogger(__name__)
 #: without a sign of life for so long, the engine does not count as working
 STALL_S = 60.0
+#: characters; what is shorter takes the engine's thread a few milliseconds to encode
+LONG_PROMPT = 8_000
+STATUS_S = 0.2
 
 
 class EngineThread:
@@ -39,6 +44,11 @@ class EngineThread:
         self._pending: set[asyncio.Future[Any]] = set()
         self._open: set[asyncio.Queue[Any]] = set()
         self._numbers = 0
+        self._encoder: ChatEncoder | None = None
+        self._encoding = asyncio.Lock()
+        self._context = 0
+        #: numbers for `/info`, as of the engine's last steps; asking the engine would mean to wait for it
+        self.status: dict[str, Any] = {}
         self._beat = time.monotonic()
         self._alive = False
         self._stopping = threading.Event()
@@ -88,8 +98,9 @@ class EngineThread:
         finished = False
         self._open.add(pieces)
         sink = self._sink(pieces)
-        self._post(lambda engine: engine.submit(number, request, sink), sink)
         try:
+            asked = await self._encoded(request)
+            self._post(lambda engine: engine.submit(number, asked, sink), sink)
             while not finished:
                 item = await pieces.get()
                 if isinstance(item, RadianceError):
@@ -101,6 +112,16 @@ class EngineThread:
             self._open.discard(pieces)
             if not finished:
                 self._post(lambda engine: engine.cancel(number), lambda error: None)
+
+    async def _encoded(self, request: Generate) -> Generate:
+        """A long prompt is encoded on a thread of its own: on the engine's, everybody would wait for it."""
+        assert self._encoder is not None
+        too_long = self._encoder.at_least(request.messages) >= self._context  # the engine refuses it unencoded
+        if too_long or sum(len(content) for _, content in request.messages) < LONG_PROMPT:
+            return request
+        async with self._encoding:
+            tokens = await asyncio.to_thread(self._encoder.prompt, request.messages)
+        return replace(request, prompt=tuple(tokens))
 
     async def answer(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""
@@ -186,13 +207,16 @@ class EngineThread:
             self._loop.call_soon_threadsafe(_resolve, self._started, None, error)
             return
         self._beat = time.monotonic()
-        self._loop.call_soon_threadsafe(self._live, engine.facts)
-        busy = False
+        self.status = engine.status()
+        self._loop.call_soon_threadsafe(self._live, engine.facts, engine.prompt_encoder())
+        busy, told = False, self._beat
         while not self._stopping.is_set():
             self._beat = time.monotonic()
             self._drain(engine, block=not busy)
             busy = engine.step()
             self._flush()
+            if not busy or self._beat - told >= STATUS_S:
+                self.status, told = engine.status(), self._beat
         engine.stop()
         self._flush()
         self._loop.call_soon_threadsafe(self._die, None)
@@ -210,7 +234,8 @@ class EngineThread:
 
     # --- back on the loop ------------------------------------------------------------------------
 
-    def _live(self, facts: EngineFacts) -> None:
+    def _live(self, facts: EngineFacts, encoder: "ChatEncoder") -> None:
+        self._encoder, self._context = encoder, facts.context
         self._alive = True
         _resolve(self._started, facts, None)
 

@@ -38,7 +38,7 @@ Report = Callable[[Progress], None]
 
 
 class TrainingTask:
-    """Drives a `Trainer` in slices. Constructing it prepares everything and may raise `RadianceError`."""
+    """Drives a `Trainer` in slices. Preparing (encoding, the preflight, the tree) is sliced work like the rest."""
 
     def __init__(
         self,
@@ -64,33 +64,43 @@ class TrainingTask:
         self._settings = config.training.model_copy(
             update={"max_seq_length": min(config.training.max_seq_length, context)}
         )
-        self._examples = self._encode(encoder)
+        self._encoder, self._bank_bytes = encoder, bank_bytes
         self._head_on_targets = head_on_targets and config.training.slice_ms > 0
-        self._preflight(bank_bytes)
-        mx.reset_peak_memory()
-        self._trainer = self._prepare()
+        self._examples: list[Encoded] = []
+        self._prepared: Trainer | None = None
         self._kept_at = time.monotonic()
         self._keeping: Future[None] | None = None
         self._files = ThreadPoolExecutor(1, thread_name_prefix="radiance-files")
         self._final: list[float] = []
         self._phase: Any = "training"
         self._pieces = self._all_pieces()
-        self._s_per_piece = 0.002
+        self._s_per_piece = 0.02  # few at a time until some have been timed
 
     # --- preparation -----------------------------------------------------------------------------
 
-    def _encode(self, encoder: ChatEncoder) -> list[Encoded]:
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._prepared is not None
+        return self._prepared
+
+    def _preparation(self) -> Iterator[Piece]:
+        """Encode in pieces, estimate memory, build the tree. Raises `RadianceError` for what cannot be trained."""
         room = self._settings.max_seq_length
-        encoded = [
-            encoder.example(e, mask_prompt=self._settings.mask_prompt, max_tokens=room) for e in self.batch.examples
-        ]
-        cut = [e for e in encoded if e.cut]
+        for example in self.batch.examples:
+            encoded = self._encoder.example(example, mask_prompt=self._settings.mask_prompt, max_tokens=room)
+            self._examples.append(encoded)
+            yield Piece([], barrier=True)
+        cut = [e for e in self._examples if e.cut]
         if cut:
             self._notes.append(
-                f"{len(cut)} of {len(encoded)} examples were longer than {room} tokens and were cut "
-                f"(by {max(e.cut for e in cut)} tokens at most); see training.max_seq_length"
+                f"{len(cut)} of {len(self._examples)} examples were longer than {room} tokens and were cut "
+                f"(the longest by {max(e.cut for e in cut)} or more); see training.max_seq_length"
             )
-        return encoded
+        self._preflight(self._bank_bytes)
+        mx.reset_peak_memory()
+        yield Piece([], barrier=True)
+        self._prepared = self._prepare()
+        yield Piece([], barrier=True)
 
     def _preflight(self, bank_bytes: int) -> None:
         needed = memory.estimate(
@@ -138,18 +148,17 @@ class TrainingTask:
             return
         folder = self._home / "adapters" / parent
         weights = files.load_arrays(folder / files.ADAPTER_FILE)
-        scale = files.load_adapter(folder).scale
-        if not math.isclose(scale, self._config.lora.scale):
-            self._notes.append(_fresh_note(parent, "lora.alpha / lora.r"))
+        changed = [] if trainer.tree.fits(weights) else ["lora.r or lora.target_modules"]
+        if not math.isclose(files.load_adapter(folder).scale, self._config.lora.scale):
+            changed.append("lora.alpha / lora.r")
+        if changed:
+            self._notes.append(
+                f"started fresh from the base: {' and '.join(changed)} is not what {parent} was trained with"
+            )
             return
-        state = None
-        if (folder / files.OPTIMIZER_FILE).is_file():
-            state = files.load_arrays(folder / files.OPTIMIZER_FILE)
-        try:
-            if not trainer.start_from(weights, state):
-                self._notes.append(f"the optimizer of {parent} was of another kind: it starts fresh")
-        except ModelError:
-            self._notes.append(_fresh_note(parent, "lora.r or lora.target_modules"))
+        file = folder / files.OPTIMIZER_FILE
+        if not trainer.start_from(weights, files.load_arrays(file) if file.is_file() else None):
+            self._notes.append(f"the optimizer of {parent} was of another kind: it starts fresh")
 
     # --- kept state ------------------------------------------------------------------------------
 
@@ -180,6 +189,8 @@ class TrainingTask:
 
     def keep_state(self, *, wait: bool = False) -> None:
         """Write what `_resume` reads; the sync and the rename happen on a thread of files."""
+        if self._prepared is None:
+            return
         if self._keeping is not None and not self._keeping.done() and not wait:
             return
         if self._keeping is not None:
@@ -202,7 +213,12 @@ class TrainingTask:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self._trainer.step
+        return self._prepared.step if self._prepared is not None else 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether there are weights to answer from."""
+        return self._prepared is not None
 
     def live(self) -> AdapterWeights:
         """The weights as they are now."""
@@ -219,7 +235,7 @@ class TrainingTask:
             group, finished = self._take(wanted)
             mx.eval([piece.arrays for piece in group])
             now = time.perf_counter()
-            if group:
+            if any(piece.arrays for piece in group):
                 # the time of the maker's own work (building the graph) is in it: small groups are safe
                 self._s_per_piece += 0.3 * ((now - started) / len(group) - self._s_per_piece)
             if finished:
@@ -239,6 +255,7 @@ class TrainingTask:
         return group, False
 
     def _all_pieces(self) -> Iterator[Piece]:
+        yield from self._preparation()
         if self._config.training.slice_ms == 0:
             yield from run_whole(self._trainer, self._after_step)
         else:
@@ -311,7 +328,3 @@ class TrainingTask:
 def _seed(seed: int, number: int) -> int:
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _fresh_note(parent: str, what: str) -> str:
-    return f"started fresh from the base: {what} is not what {parent} was trained with"

@@ -34,6 +34,11 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, template_args: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
         self._args = dict(template_args or {})
+        self._longest = max(map(len, tokenizer.get_vocab()))
+
+    def at_least(self, messages: Messages) -> int:
+        """A lower bound of the tokens in `messages`, without encoding them: no token has more characters."""
+        return sum(len(content) for _, content in messages) // self._longest
 
     def prompt(self, messages: Messages) -> list[int]:
         """Tokens of `messages` up to where the answer begins. Raises `InvalidRequest` if the template refuses."""
@@ -46,10 +51,12 @@ class ChatEncoder:
 
         Without `mask_prompt`, and for plain text, every token but the first is a target.
         """
+        room = (max_tokens + 1) * self._longest  # characters beyond this cannot be among the kept tokens
         if not example.messages:
-            tokens = self._ended(list(self.tokenizer.encode(example.text)))
+            tokens = self._ended(list(self.tokenizer.encode(example.text[:room])))
             return Encoded(tuple(tokens[:max_tokens]), 0, max(0, len(tokens) - max_tokens))
-        prompt, answer = self._split(example.messages)
+        *asked, (role, answered) = example.messages
+        prompt, answer = self._split([*((r, content[-room:]) for r, content in asked), (role, answered[:room])])
         kept_prompt, kept_answer = _fit(prompt, answer, max_tokens)
         cut = len(prompt) + len(answer) - len(kept_prompt) - len(kept_answer)
         offset = len(kept_prompt) if mask_prompt else 0

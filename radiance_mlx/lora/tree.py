@@ -93,10 +93,15 @@ class TrainingTree:
         """Flat trainable parameters, under mlx-lm's adapter names."""
         return dict(tree_flatten(self.module.trainable_parameters()))
 
+    def fits(self, weights: Mapping[str, mx.array]) -> bool:
+        """Whether an adapter's names and shapes are the tree's."""
+        mine = self.parameters()
+        return {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in weights.items()}
+
     def load(self, weights: Mapping[str, mx.array]) -> None:
         """Take over an adapter's flat parameters. Raises `ModelError` unless names and shapes are the tree's."""
         mine = self.parameters()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in weights.items()}:
+        if not self.fits(weights):
             raise ModelError("The adapter's tensors are not those of this LoRA configuration.")
         self.module.load_weights([(k, v.astype(mine[k].dtype)) for k, v in weights.items()], strict=False)
 
