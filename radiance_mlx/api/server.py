@@ -30,9 +30,6 @@ from .app import make_app
 Announce = Callable[[str, dict[str, Any]], None]
 GRACE_S = 4
 STOP_S = 9
-#: how long a thread may keep the interpreter (seconds; Python's default is 0.005). The engine's thread builds
-#: graphs in Python, and each hop of a request through the loop waits for the interpreter to be free
-SWITCH_S = 0.0005
 log = structlog.get_logger(__name__)
 
 
@@ -48,7 +45,6 @@ def serve(loaded: Loaded, announce: Announce) -> int:
     Raises `RadianceError` before anything listens: a locked home, a taken port.
     """
     _configure_logging(loaded.config.server.log_level)
-    sys.setswitchinterval(SWITCH_S)
     return asyncio.run(_serve(loaded, announce))
 
 

@@ -29,6 +29,7 @@ STALL_S = 60.0
 #: characters; what is shorter takes the engine's thread a few milliseconds to encode
 LONG_PROMPT = 8_000
 STATUS_S = 0.2
+GATHER_S = 0.001
 
 
 class EngineThread:
@@ -222,13 +223,17 @@ class EngineThread:
         self._loop.call_soon_threadsafe(self._die, None)
 
     def _drain(self, engine: "Engine", *, block: bool) -> None:
-        """Run the tasks that wait; with `block`, wait for one (a second at most: the beat goes on)."""
+        """Run the tasks that wait; with `block`, wait for one (a second at most: the beat goes on).
+
+        After a pause, wait a moment longer for what comes with the first: requests that are prefilled together
+        share all their steps, and one that comes a step later costs two passes over the weights.
+        """
         try:
             task = self._inbox.get(block, 1.0) if block else self._inbox.get_nowait()
             while True:
                 if task is not None:
                     task(engine)
-                task = self._inbox.get_nowait()
+                task = self._inbox.get(block, GATHER_S) if block else self._inbox.get_nowait()
         except queue.Empty:
             return
 
