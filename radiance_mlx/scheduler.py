@@ -27,7 +27,7 @@ from .store import CheckpointRecord, JobRecord
 from .triggers import decide
 
 log = structlog.get_logger(__name__)
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 4  # the first, and three times taken up again
 PERSIST_S = 1.0
 LOOK_S = 60.0
 
@@ -104,7 +104,9 @@ class Scheduler:
     # --- after a restart -------------------------------------------------------------------------
 
     async def _recover(self) -> None:
-        for checkpoint, jobs in await self._store(lambda s: s.interrupted()):
+        interrupted = await self._store(lambda s: s.interrupted())
+        self._unwanted |= {job.job_id for _, jobs in interrupted for job in jobs if job.cancel_requested}
+        for checkpoint, jobs in interrupted:
             ids = tuple(job.job_id for job in jobs)
             examples = await self._examples(ids)
             record = self._lineage.finished_folder(checkpoint, data_hash(examples))

@@ -268,7 +268,7 @@ class Service:
             "home": str(self.home),
             "base_hash": facts.base_hash,
             "context": facts.context,
-            "engine": await engine.call(lambda e: e.status()),
+            "engine": engine.status,
             "warnings": [*facts.warnings, *lineage.warnings, *self._config_warnings()],
             "config": self.config.model_dump(mode="json", exclude={"server": {"token"}}),
         }

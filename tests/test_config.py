@@ -231,3 +231,51 @@ def _leaves(data, prefix=""):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def test_free_form_template_arguments_can_be_set_one_by_one(tmp_path):
+    """A variable below model.chat_template_args sets one argument, as YAML or JSON."""
+    config = load(tmp_path, environ={"RADIANCE_MODEL__CHAT_TEMPLATE_ARGS__ENABLE_THINKING": "false"})
+    assert config.model.chat_template_args == {"enable_thinking": False}
+
+
+def test_faults_of_all_sources_come_together_whatever_they_are(tmp_path):
+    """An unreadable list, an unknown key, a bad flag and an open host are one error with four paths."""
+    environ = {"RADIANCE_SERVER__ALLOWED_HOSTS": "abc", "RADIANCE_TRAINING__LRR": "1"}
+    error = faults(tmp_path, "", environ, lora__r="x", server__host="0.0.0.0")
+    assert {fault["key"] for fault in error.details} == {
+        "server.allowed_hosts",
+        "training.lrr",
+        "lora.r",
+        "server.host",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        ({"lora": 5, "lora.r": 4}, "lora"),
+        ({"memory.limit_gb": float("inf")}, "memory.limit_gb"),
+        ({"evaluation.catastrophic_delta": float("nan")}, "evaluation.catastrophic_delta"),
+        ({"lora.num_layers": 0}, "lora.num_layers"),
+        ({"lora.num_layers": -7}, "lora.num_layers"),
+        ({"base_model": "/nowhere/at/all"}, "base_model"),
+    ],
+)
+def test_values_that_cannot_be_meant_are_faults_with_their_keys(flags, key):
+    """No setting crashes the reading of the configuration, or slips through to crash later."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags=flags, environ={})
+    assert key in {fault["key"] for fault in caught.value.details}
+
+
+def test_a_recommendation_that_is_no_object_names_its_file(tmp_path):
+    """A base's radiance.json must hold an object."""
+    (tmp_path / "radiance.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"radiance\.json"):
+        load_config(flags={"base_model": str(tmp_path)}, environ={})
+
+
+def test_a_section_whose_keys_are_commented_out_is_empty(tmp_path):
+    """`lora:` with nothing under it changes nothing."""
+    assert load(tmp_path, "lora:\nserver:\n").server.port == 8321

@@ -126,16 +126,16 @@ def test_a_process_that_dies_as_it_publishes_has_published_once_after_the_next_s
     assert len(list((second.home / "adapters").iterdir())) == 1
 
 
-def test_a_job_that_ends_the_process_three_times_is_quarantined_and_its_company_is_published(start):
+def test_a_job_that_was_taken_up_three_times_is_quarantined_and_its_company_is_published(start):
     batched = {"update_mode": "batched", "batch.max_examples": 2, "script": DIES_OF_THE_FIRST_JOB}
     first = start(**batched).ready()
     bad, good = first.update(FACTS[0]), first.update(FACTS[1])
     assert first.exit_code() == 9
-    for _ in range(2):
+    for _ in range(3):  # taken up again: together, together, and at last alone
         assert start(**batched).exit_code() == 9
     last = start(**{**batched, "batch.max_examples": 1}).ready()
     quarantined = last.wait(bad, "quarantined")
-    assert "3 times" in quarantined["error"]["message"]
+    assert "4 times" in quarantined["error"]["message"]
     assert quarantined["checkpoint"] is None
     assert last.wait(good)["state"] == "published"
     (record,) = last.get("/checkpoints")["checkpoints"]
@@ -177,3 +177,15 @@ def test_a_process_whose_engine_has_died_ends_with_an_exit_code(start):
     process = start(script=ENGINE_DIES)
     assert process.exit_code() == 1
     assert "ZeroDivisionError" in process.log
+
+
+def test_a_cancellation_that_was_accepted_holds_after_kill_9(start):
+    """What was answered with 202 is not published by the next process."""
+    first = start(**{"training.max_steps": 1_000_000}).ready()
+    job = first.update(FACTS[0])
+    first.wait_for_step(job)
+    assert first.client.delete(f"/jobs/{job}").status_code == 202
+    first.kill()
+    second = start().ready()
+    assert second.wait(job, "cancelled")["checkpoint"] is None
+    assert second.get("/checkpoints")["checkpoints"] == []

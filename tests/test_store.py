@@ -130,6 +130,7 @@ def test_accept_makes_a_queued_job_with_all_its_fields(store: Store, clock: Cloc
         "progress": None,
         "idempotency_key": None,
         "body_hash": "h",
+        "cancel_requested": False,
     }
     assert store.job("job_000001") == job
     assert accept(store).job_id == "job_000002"
@@ -350,9 +351,9 @@ def test_a_waiting_job_is_cancelled_at_once(store: Store, state: str) -> None:
 
 @pytest.mark.parametrize("state", ["training", "evaluating"])
 def test_a_training_job_is_not_cancelled_by_the_store_alone(store: Store, state: str) -> None:
-    """The record comes back unchanged; its training has to be stopped first."""
+    """The record comes back with the wish noted; its training has to be stopped first."""
     before = store.job(in_state(store, state))
-    assert store.cancel(before.job_id) == before == store.job(before.job_id)
+    assert store.cancel(before.job_id) == replace(before, cancel_requested=True) == store.job(before.job_id)
 
 
 @pytest.mark.parametrize("state", sorted(FINAL_STATES))
@@ -1131,3 +1132,16 @@ def test_a_record_cannot_be_changed(store: Store) -> None:
     with pytest.raises(AttributeError):
         job.state = "published"  # type: ignore[misc]
     assert replace(job, state="paused").state == "paused"
+
+
+def test_the_wish_to_cancel_a_job_in_training_survives(tmp_path: Path) -> None:
+    """Whoever reads the job after a restart sees that it is not wanted any more."""
+    store = Store(tmp_path)
+    job = accept(store, "a")
+    store.start_batch([job.job_id], BASE)
+    assert not store.job(job.job_id).cancel_requested
+    assert store.cancel(job.job_id).state == "training"
+    store.close()
+    again = Store(tmp_path)
+    assert again.interrupted()[0][1][0].cancel_requested
+    again.close()

@@ -28,6 +28,12 @@ def service_of(request: Request) -> Service:
     return service
 
 
+def serving(service: Service) -> dict[str, str]:
+    """What answers by default now: every answer says it."""
+    checkpoint, status = service.current
+    return {"checkpoint": checkpoint, "checkpoint_status": status}
+
+
 async def search(request: Request) -> Response:
     """Answer a prompt from the stable checkpoint, or the one named."""
     started = time.perf_counter()
@@ -70,7 +76,8 @@ async def update(request: Request) -> Response:
     if key is not None and not 1 <= len(key) <= 255:
         raise InvalidRequest("The Idempotency-Key must have 1 to 255 characters.")
     job, _ = await service.update(examples, tags, raw=raw, idempotency_key=key)
-    return JSONResponse({"job_id": job.job_id, "queued": job.state not in FINAL_STATES}, 202)
+    body = {"job_id": job.job_id, "queued": job.state not in FINAL_STATES}
+    return JSONResponse({**body, **serving(service)}, 202)
 
 
 async def info(request: Request) -> Response:
@@ -89,21 +96,21 @@ async def jobs(request: Request) -> Response:
     found = await service.jobs(state, limit, before)
     following = found[-1].number if len(found) == limit else None
     bodies = [job_body(job, service.progress_of(job)) for job in found]
-    return JSONResponse({"jobs": bodies, "next": following})
+    return JSONResponse({"jobs": bodies, "next": following, **serving(service)})
 
 
 async def job(request: Request) -> Response:
     """One job."""
     service = service_of(request)
     found = await service.job(request.path_params["job_id"])
-    return JSONResponse(job_body(found, service.progress_of(found)))
+    return JSONResponse({**job_body(found, service.progress_of(found)), "serving": serving(service)})
 
 
 async def cancel_job(request: Request) -> Response:
     """Cancel a job in any state before publication; 202 while its training is being stopped."""
     service = service_of(request)
     found = await service.cancel(request.path_params["job_id"])
-    body = job_body(found, service.progress_of(found))
+    body = {**job_body(found, service.progress_of(found)), "serving": serving(service)}
     return JSONResponse(body, 200 if found.state in FINAL_STATES else 202)
 
 
@@ -112,14 +119,14 @@ async def checkpoints(request: Request) -> Response:
     service = service_of(request)
     current, _ = service.current
     found = [checkpoint_body(record, current) for record in await service.checkpoints()]
-    return JSONResponse({"checkpoints": found, "current": current})
+    return JSONResponse({"checkpoints": found, "current": current, **serving(service)})
 
 
 async def checkpoint(request: Request) -> Response:
     """One checkpoint with its metrics."""
     service = service_of(request)
     record = await service.checkpoint(request.path_params["checkpoint"])
-    return JSONResponse(checkpoint_body(record, service.current[0]))
+    return JSONResponse({**checkpoint_body(record, service.current[0]), "serving": serving(service)})
 
 
 async def rollback(request: Request) -> Response:

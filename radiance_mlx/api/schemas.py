@@ -152,7 +152,14 @@ class UpdateEnvelope(Body):
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
 
 
-class UpdateAnswer(BaseModel):
+class Serving(BaseModel):
+    """The checkpoint that answers by default now."""
+
+    checkpoint: str
+    checkpoint_status: Literal["base", "stable", "risky", "rolled_back", "candidate"]
+
+
+class UpdateAnswer(Serving):
     """Accepted: durable from now on."""
 
     job_id: str
@@ -219,9 +226,10 @@ class Job(BaseModel):
     progress: Progress | None
     error: ErrorInfo | None
     notes: list[str]
+    serving: Serving | None = None
 
 
-class Jobs(BaseModel):
+class Jobs(Serving):
     """Newest first; `next` is the `before` of the following page."""
 
     jobs: list[Job]
@@ -244,9 +252,10 @@ class Checkpoint(BaseModel):
     notes: list[str]
     damaged: str | None
     pruned: bool
+    serving: Serving | None = None
 
 
-class Checkpoints(BaseModel):
+class Checkpoints(Serving):
     """Oldest first."""
 
     checkpoints: list[Checkpoint]

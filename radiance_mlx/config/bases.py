@@ -36,6 +36,12 @@ def resolve(name: str) -> Path | str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if name.startswith(("/", ".", "~")):
+        raise ConfigError(
+            f"base_model: there is no folder {name}.",
+            "Check the path; nano is built in, other names are looked up on the hub.",
+            [{"key": "base_model", "problem": "no such folder"}],
+        )
     return SHORT_NAMES.get(name, name)
 
 
@@ -49,4 +55,6 @@ def recommended_values(name: str) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold an object, not a {type(values).__name__}.")
     return {key: value for key, value in values.items() if key in RECOMMENDED_SECTIONS}

@@ -16,7 +16,6 @@ from typing import Any
 import platformdirs
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from ..errors import ConfigError
 from . import bases
@@ -25,6 +24,8 @@ from .schema import Config
 ENV_PREFIX = "RADIANCE_"
 #: environment variables of the commands, not of the configuration
 OTHER_VARIABLES = {"RADIANCE_URL", "RADIANCE_HOME", "RADIANCE_CONFIG"}
+#: below this, every key is the user's own
+FREE_FORM = "model.chat_template_args."
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def load_config(
     sources = [
         (str(file), _read_file(file) if file else {}),
         ("environment", _read_environment(environ, faults)),
-        ("flag", _nested(flags or {})),
+        ("flag", _nested(flags or {}, "flag", faults)),
     ]
     _refuse_outside_the_file(sources[1:], faults)
     merged: dict[str, Any] = {}
@@ -94,29 +95,32 @@ def _read_file(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold keys and values, not a {type(values).__name__}.")
-    return values
+    sections = {name for name, info in Config.model_fields.items() if _is_section(info.annotation)}
+    # a section whose keys are all commented out
+    return {key: {} if value is None and key in sections else value for key, value in values.items()}
 
 
-class _Environment(BaseSettings, Config):
-    """Only to let pydantic-settings explode `RADIANCE_TRAINING__LR` into `training.lr`."""
-
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) -> dict[str, Any]:
-    """`RADIANCE_BASE_MODEL`, `RADIANCE_TRAINING__LR`, …; lists and dicts as JSON."""
-    ours = {k: v for k, v in environ.items() if k.upper().startswith(ENV_PREFIX) and k not in OTHER_VARIABLES}
-    known = set(known_paths())
-    paths = {name: name.upper().removeprefix(ENV_PREFIX).lower().replace("__", ".") for name in ours}
-    for name in ours:
-        if paths[name] not in known and not paths[name].startswith("model.chat_template_args."):
-            faults.append(_unknown(paths[name], f"environment, {name}"))
-    source = EnvSettingsSource(_Environment)
-    source.env_vars = {k.lower(): v for k, v in ours.items() if paths[k] in known}
-    try:
-        return source()
-    except Exception as error:
-        raise ConfigError(f"An environment variable cannot be read: {error}", "Lists are JSON.") from error
+    """`RADIANCE_BASE_MODEL`, `RADIANCE_TRAINING__LR`, …; lists and objects as JSON."""
+    known, flat = set(known_paths()), {}
+    for name, text in environ.items():
+        if not name.upper().startswith(ENV_PREFIX) or name in OTHER_VARIABLES:
+            continue
+        path = name.upper().removeprefix(ENV_PREFIX).lower().replace("__", ".")
+        free = path.startswith(FREE_FORM)
+        if path not in known and not free:
+            faults.append(_unknown(path, f"environment, {name}"))
+            continue
+        structured = text.lstrip()[:1] in ("[", "{") or free
+        try:
+            flat[path] = yaml.safe_load(text) if structured else text
+        except yaml.YAMLError as error:
+            faults.append({"key": path, "where": f"environment, {name}", "problem": f"is not JSON: {error}"})
+    return _nested(flat, "environment", faults)
 
 
 def _refuse_outside_the_file(sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]) -> None:
@@ -128,14 +132,17 @@ def _refuse_outside_the_file(sources: list[tuple[str, dict[str, Any]]], faults: 
             faults.append({"key": "model.trust_remote_code", "where": name, "problem": problem})
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(flat: Mapping[str, Any], where: str, faults: list[dict[str, str]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path, value in flat.items():
         *sections, key = path.split(".")
-        level = out
+        level: Any = out
         for section in sections:
-            level = level.setdefault(section, {})
-        level[key] = value
+            level = level.setdefault(section, {}) if isinstance(level, dict) else None
+        if isinstance(level, dict):
+            level[key] = value
+        else:
+            faults.append({"key": path, "where": where, "problem": f"{'.'.join(sections)} has been set to a value"})
     return out
 
 

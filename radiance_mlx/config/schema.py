@@ -7,13 +7,13 @@ holds that file and this schema together. Nothing here reads a file: see `radian
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
     """Unknown keys are errors, and a value never changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _off_is_a_word(value: Any) -> Any:
@@ -28,6 +28,16 @@ def _none_is_a_word(value: Any) -> Any:
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine only."""
+    if host == "localhost":
+        return True
+    try:  # an address, not a name: 127.example.com is somebody's
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class ModelSection(Section):
@@ -46,6 +56,13 @@ class LoraSection(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     target_modules: str | list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     num_layers: int = -1
+
+    @field_validator("num_layers")
+    @classmethod
+    def _some_or_all(cls, layers: int) -> int:
+        if layers != -1 and layers < 1:
+            raise ValueError("must be 1 or more, or -1 for all layers")
+        return layers
 
     @property
     def scale(self) -> float:
@@ -102,14 +119,21 @@ class EvaluationSection(Section):
 class ServerSection(Section):
     """Where HTTP listens, and whom it lets in."""
 
+    token: str | None = None  # before host, whose validator asks for it
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
-    token: str | None = None
     allowed_hosts: list[str] = []
     allowed_origins: list[str] = []
     max_body_mb: Annotated[float, Field(gt=0)] = 16
     body_timeout_s: Annotated[float, Field(gt=0)] = 30
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("host")
+    @classmethod
+    def _beyond_this_machine_only_with_a_token(cls, host: str, info: ValidationInfo) -> str:
+        if not is_loopback(host) and not info.data.get("token"):
+            raise ValueError(f"{host} is reachable from outside this machine: set server.token too, or use 127.0.0.1")
+        return host
 
 
 class StorageSection(Section):
@@ -161,19 +185,4 @@ class Config(Section):
                 "training.grad_checkpoint with training.slice_ms: 0 needs lora.dropout: 0 "
                 "(mlx-lm's recomputation draws another dropout mask)"
             )
-        if not is_loopback(self.server.host) and not self.server.token:
-            raise ValueError(
-                f"server.host: {self.server.host} is reachable from outside this machine: "
-                "set server.token too, or use 127.0.0.1"
-            )
         return self
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine only."""
-    if host == "localhost":
-        return True
-    try:  # an address, not a name: 127.example.com is somebody's
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

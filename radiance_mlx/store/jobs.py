@@ -43,6 +43,7 @@ class JobRecord:
     progress: dict[str, Any] | None
     idempotency_key: str | None
     body_hash: str
+    cancel_requested: bool = False  # while it trains: to be cancelled, not published
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain JSON data."""
@@ -228,7 +229,8 @@ def cancel(db: sqlite3.Connection, job_id: str, now: float) -> JobRecord:
             {"job_id": job_id, "state": job.state},
         )
     if job.state in IN_BATCH:
-        return job
+        db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (job_id,))
+        return one(db, job_id)
     put_state(db, [job_id], "cancelled", now)
     return one(db, job_id)
 
@@ -239,4 +241,5 @@ def _record(row: sqlite3.Row) -> JobRecord:
     values["notes"] = tuple(json.loads(row["notes"]))
     values["error"] = optional_from_json(row["error"])
     values["progress"] = optional_from_json(row["progress"])
+    values["cancel_requested"] = bool(row["cancel_requested"])
     return JobRecord(**values)

@@ -119,4 +119,15 @@ def create_meta(db: sqlite3.Connection) -> None:
     db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
 
 
-MIGRATIONS: tuple[Migration, ...] = (create_jobs, create_checkpoints, create_events, create_meta)
+def remember_cancellations(db: sqlite3.Connection) -> None:
+    """A job in training is cancelled once its training has stopped; the wish must survive until then."""
+    db.execute("ALTER TABLE jobs ADD COLUMN cancel_requested INTEGER NOT NULL DEFAULT 0")
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    create_jobs,
+    create_checkpoints,
+    create_events,
+    create_meta,
+    remember_cancellations,
+)
