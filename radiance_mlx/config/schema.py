@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 
 class Section(BaseModel):
@@ -161,8 +162,26 @@ class MemorySection(Section):
     wired: bool = False
 
 
-class Config(Section):
-    """Everything that can be set."""
+class Config(BaseSettings):
+    """Everything that can be set.
+
+    `radiance_mlx.config.loading` reads and merges the sources: pydantic-settings' own environment source stops
+    at the first value that it cannot read, and every fault is to be told at once.
+    """
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what it is given."""
+        return (init_settings,)
 
     backend: Literal["auto", "metal", "mps", "cuda", "cpu"] = "auto"
     base_model: Annotated[str, Field(min_length=1)] = "nano"
