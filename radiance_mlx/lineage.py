@@ -67,6 +67,9 @@ class Lineage:
         await self._greet_base()
         await asyncio.to_thread(folders.remove_unfinished, self._home / "adapters")
         await asyncio.to_thread(folders.remove_unfinished, self._home / "state" / "training")
+        for record in await self._store(lambda s: s.checkpoints(self.base_hash)):
+            if record.pruned:  # a crash may have come between the row and the folder
+                await asyncio.to_thread(shutil.rmtree, self.folder(record.checkpoint), True)
         stable = await self._store(lambda s: s.stable(self.base_hash))
         for record in await self._store(lambda s: s.lineage(self.base_hash, stable)):
             if await self._sound(record):
@@ -85,8 +88,8 @@ class Lineage:
         await self._store(lambda s: s.put("base_hash", self.base_hash))
 
     async def _sound(self, record: CheckpointRecord) -> bool:
-        if record.damaged is None and not record.pruned:
-            try:
+        if not record.pruned:
+            try:  # also if it was damaged once: the files may have been restored
                 await self._require_sound(record)
                 return True
             except CheckpointDamaged:
@@ -97,10 +100,13 @@ class Lineage:
         )
         return False
 
-    async def _mark_damaged(self, checkpoint: str, why: str) -> None:
+    async def _mark_damaged(self, checkpoint: str, why: str | None) -> None:
         await self._store(lambda s: s.mark_damaged(checkpoint, why))
         self._changed()
-        log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
+        if why is not None:
+            log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
+        else:
+            log.info("a checkpoint is sound again", checkpoint=checkpoint)
 
     async def _settle(self, recorded: str | None, record: CheckpointRecord | None) -> None:
         sound = record.checkpoint if record else None
@@ -232,7 +238,7 @@ class Lineage:
             target = None if to == BASE else to
         if target is not None:
             record = await self._store(lambda s: s.checkpoint(str(target)))
-            if not record.pruned and record.base_hash == self.base_hash and record.damaged is None:
+            if not record.pruned and record.base_hash == self.base_hash:
                 await self._require_sound(record)
         await self._store(lambda s: s.move_stable(self.base_hash, target, reason))
         await self._serve(target)
@@ -243,6 +249,8 @@ class Lineage:
         try:
             await asyncio.to_thread(folders.verify, self.folder(record.checkpoint), record.files)
             await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+            if record.damaged is not None:
+                await self._mark_damaged(record.checkpoint, None)
         except (CheckpointDamaged, NotFound, InternalError) as error:
             await self._mark_damaged(record.checkpoint, error.message)
             raise CheckpointDamaged(error.message, "Choose another checkpoint.") from error

@@ -19,7 +19,7 @@ import structlog
 
 from .config import Config
 from .engine.thread import EngineThread
-from .errors import Cancelled, Conflict, NotReady, RadianceError, TrainingFailed
+from .errors import Cancelled, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
 from .lineage import Lineage, number_of
 from .messages import FINAL_STATES, Example, Progress, TrainBatch
 from .storage import StoreThread
@@ -80,21 +80,29 @@ class Scheduler:
         with contextlib.suppress(NotReady):
             await self._recover()
             while not self._stopping:
-                self._wake.clear()
-                queued = await self._store(lambda s: s.queued())
-                decision = decide(
-                    queued,
-                    self._config.update_mode,
-                    max_examples=self._config.batch.max_examples,
-                    max_age_s=self._config.batch.max_age_minutes * 60,
-                    now=self._clock(),
-                    alone=self._alone,
-                    due=self._due,
-                )
-                if decision.jobs:
-                    await self._begin(decision.jobs)
-                    continue
-                await self._sleep(decision.wait_s)
+                try:
+                    await self._look()
+                except StoreError as error:  # a full disk, say: what is accepted waits until it has passed
+                    log.error("the store failed; trying again", error=error.message, seconds=LOOK_S)
+                    await self._sleep(LOOK_S)
+
+    async def _look(self) -> None:
+        """Train what is due, or wait."""
+        self._wake.clear()
+        queued = await self._store(lambda s: s.queued())
+        decision = decide(
+            queued,
+            self._config.update_mode,
+            max_examples=self._config.batch.max_examples,
+            max_age_s=self._config.batch.max_age_minutes * 60,
+            now=self._clock(),
+            alone=self._alone,
+            due=self._due,
+        )
+        if decision.jobs:
+            await self._begin(decision.jobs)
+            return
+        await self._sleep(decision.wait_s)
 
     async def _sleep(self, seconds: float | None) -> None:
         """Until something changes, or so long; at most `LOOK_S`, since the loop's clock rests while a Mac sleeps."""

@@ -18,7 +18,7 @@ from . import __version__
 from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
-from .errors import CheckpointDamaged, Conflict, NotReady
+from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
 from .lineage import Lineage
 from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
 from .scheduler import Scheduler
@@ -53,8 +53,11 @@ class Service:
 
     def open(self) -> None:
         """Take the home: its lock and its database. Raises `HomeLocked` or `StoreError`."""
-        for name in ("adapters", "data/raw", "data/curated", "data/anchors", "metrics", "state"):
-            (self.home / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in ("adapters", "data/raw", "data/curated", "data/anchors", "metrics", "state"):
+                (self.home / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"The home {self.home} cannot be used: {error.strerror}.", "Choose another.") from error
         self._lock.acquire()
         try:
             self._store = StoreThread(self.home, self._clock)

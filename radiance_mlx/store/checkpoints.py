@@ -132,7 +132,7 @@ def require_usable(db: sqlite3.Connection, base_hash: str, checkpoint: str) -> C
             "Choose a newer checkpoint; storage.keep_checkpoints says how many are kept.",
         )
     if record.damaged is not None:
-        raise CheckpointDamaged(f"{checkpoint} is damaged: {record.damaged}.", "Choose another checkpoint.")
+        raise CheckpointDamaged(f"{checkpoint} cannot be served: {record.damaged}", "Choose another checkpoint.")
     return record
 
 
@@ -162,7 +162,7 @@ def set_status(db: sqlite3.Connection, checkpoints: Iterable[str], status: str) 
     )
 
 
-def mark_damaged(db: sqlite3.Connection, checkpoint: str, why: str) -> None:
+def mark_damaged(db: sqlite3.Connection, checkpoint: str, why: str | None) -> None:
     one(db, checkpoint)
     db.execute("UPDATE checkpoints SET damaged = ? WHERE checkpoint = ?", (why, checkpoint))
 

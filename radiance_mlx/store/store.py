@@ -237,8 +237,8 @@ class Store:
                 journal.append(db, kind, data, self._clock())
         return old, to
 
-    def mark_damaged(self, checkpoint: str, why: str) -> None:
-        """Its files cannot be trusted any more."""
+    def mark_damaged(self, checkpoint: str, why: str | None) -> None:
+        """Its files cannot be trusted any more; None: they can again."""
         with self._database.write() as db:
             checkpoints.mark_damaged(db, checkpoint, why)
 
