@@ -7,7 +7,6 @@ to disk, then given a slot, then recorded; only then does `stable` name it.
 import asyncio
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from .engine.thread import EngineThread
 from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError
 from .messages import BASE, TrainResult
 from .storage import StoreThread
-from .store import CheckpointRecord, Store, write_durably
+from .store import CheckpointRecord, write_durably
 
 log = structlog.get_logger(__name__)
 
@@ -100,13 +99,13 @@ class Lineage:
         )
         return False
 
-    async def _mark_damaged(self, checkpoint: str, why: str | None) -> None:
+    async def mark_damaged(self, checkpoint: str, error: RadianceError) -> CheckpointDamaged:
+        """Remember what was found; the error to raise."""
+        why = error.message.removeprefix(f"{checkpoint}: ").rstrip(".")
         await self._store(lambda s: s.mark_damaged(checkpoint, why))
         self._changed()
-        if why is not None:
-            log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
-        else:
-            log.info("a checkpoint is sound again", checkpoint=checkpoint)
+        log.error("damaged checkpoint", checkpoint=checkpoint, why=why)
+        return damaged(checkpoint, why)
 
     async def _settle(self, recorded: str | None, record: CheckpointRecord | None) -> None:
         sound = record.checkpoint if record else None
@@ -178,24 +177,18 @@ class Lineage:
             return None
         return record if record.data_hash == data_hash else None
 
-    async def publish(self, record: CheckpointRecord, wanted: Callable[[], bool] = lambda: True) -> None:
+    async def publish(self, record: CheckpointRecord) -> None:
         """Give it a slot, record it with its jobs in one transaction, and serve it from now on.
 
         Raises `Cancelled` if the stable checkpoint is not its parent any more: somebody rolled back meanwhile; or
-        if it is not `wanted`, asked on the store's thread: what the store is asked later sees it published.
+        if one of its jobs is to be cancelled.
         """
-
-        def record_it(store: Store) -> None:
-            if not wanted():
-                raise Cancelled(f"{record.checkpoint} was cancelled.")
-            store.publish(record, events=[("published", data)])
-
         async with self._moving:
             if record.parent != self.stable:
                 raise Cancelled(f"The stable checkpoint moved while {record.checkpoint} trained.")
             await self._engine.call(lambda engine: engine.warm(record.checkpoint))
             data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
-            await self._store(record_it)
+            await self._store(lambda s: s.publish(record, events=[("published", data)]))
             self.stable, self.status = record.checkpoint, record.status
         log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
         await self._prune()
@@ -237,7 +230,7 @@ class Lineage:
         else:
             target = None if to == BASE else to
         if target is not None:
-            record = await self._store(lambda s: s.checkpoint(str(target)))
+            record = await self._target(target)
             if not record.pruned and record.base_hash == self.base_hash:
                 await self._require_sound(record)
         await self._store(lambda s: s.move_stable(self.base_hash, target, reason))
@@ -245,15 +238,31 @@ class Lineage:
         log.info("rolled back", previous=previous, checkpoint=self.current, reason=reason)
         return previous, self.current
 
+    async def _target(self, checkpoint: str) -> CheckpointRecord:
+        try:
+            return await self._store(lambda s: s.checkpoint(checkpoint))
+        except NotFound as error:
+            hint = 'Name one that GET /checkpoints lists, or "base" for the base; null goes to the parent.'
+            raise NotFound(error.message, hint) from error
+
     async def _require_sound(self, record: CheckpointRecord) -> None:
+        """Look at the files, whatever the row says of them: they may have been damaged since, or restored."""
         try:
             await asyncio.to_thread(folders.verify, self.folder(record.checkpoint), record.files)
             await self._engine.call(lambda engine: engine.warm(record.checkpoint))
-            if record.damaged is not None:
-                await self._mark_damaged(record.checkpoint, None)
         except (CheckpointDamaged, NotFound, InternalError) as error:
-            await self._mark_damaged(record.checkpoint, error.message)
-            raise CheckpointDamaged(error.message, "Choose another checkpoint.") from error
+            raise await self.mark_damaged(record.checkpoint, error) from error
+        if record.damaged is not None:
+            await self._store(lambda s: s.mark_damaged(record.checkpoint, None))
+            self._changed()
+            log.info("a checkpoint is sound again", checkpoint=record.checkpoint)
+
+
+def damaged(checkpoint: str, why: str) -> CheckpointDamaged:
+    """What users are told of a damaged checkpoint."""
+    return CheckpointDamaged(
+        f"{checkpoint} is damaged: {why}.", "Use another checkpoint, or restore its files and roll back to it."
+    )
 
 
 def number_of(checkpoint: str) -> int:

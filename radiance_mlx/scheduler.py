@@ -19,9 +19,9 @@ import structlog
 
 from .config import Config
 from .engine.thread import EngineThread
-from .errors import Cancelled, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
+from .errors import Cancelled, CheckpointDamaged, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
 from .lineage import Lineage, number_of
-from .messages import FINAL_STATES, Example, Progress, TrainBatch
+from .messages import Example, Progress, TrainBatch
 from .storage import StoreThread
 from .store import CheckpointRecord, JobRecord
 from .triggers import decide
@@ -61,7 +61,7 @@ class Scheduler:
         self._wake = asyncio.Event()
         self._alone: set[str] = set()  # jobs that failed in company
         self._due: set[str] = set()  # jobs whose batch was given up through no fault of theirs
-        self._unwanted: set[str] = set()  # jobs in training that somebody has cancelled
+        self.trouble: str | None = None  # what keeps the queue from going on, while it does
         self._stopping = False
         self._writes: set[asyncio.Task[None]] = set()
         self.running: Running | None = None
@@ -78,13 +78,17 @@ class Scheduler:
     async def run(self) -> None:
         """Take up what was interrupted, then train batch after batch. Ends after `stop`, or with the engine."""
         with contextlib.suppress(NotReady):
-            await self._recover()
             while not self._stopping:
                 try:
-                    await self._look()
+                    await self._recover()
+                    while not self._stopping:
+                        await self._look()
                 except StoreError as error:  # a full disk, say: what is accepted waits until it has passed
+                    self.trouble = f"training waits: {error.message}"
                     log.error("the store failed; trying again", error=error.message, seconds=LOOK_S)
-                    await self._sleep(LOOK_S)
+                    self._wake.clear()
+                    if not self._stopping:
+                        await self._sleep(LOOK_S)
 
     async def _look(self) -> None:
         """Train what is due, or wait."""
@@ -102,6 +106,7 @@ class Scheduler:
         if decision.jobs:
             await self._begin(decision.jobs)
             return
+        self.trouble = None
         await self._sleep(decision.wait_s)
 
     async def _sleep(self, seconds: float | None) -> None:
@@ -112,22 +117,25 @@ class Scheduler:
     # --- after a restart -------------------------------------------------------------------------
 
     async def _recover(self) -> None:
-        interrupted = await self._store(lambda s: s.interrupted())
-        self._unwanted |= {job.job_id for _, jobs in interrupted for job in jobs if job.cancel_requested}
-        for checkpoint, jobs in interrupted:
+        for checkpoint, jobs in await self._store(lambda s: s.interrupted()):
             ids = tuple(job.job_id for job in jobs)
             examples = await self._examples(ids)
             record = self._lineage.finished_folder(checkpoint, data_hash(examples))
-            wanted = self._unwanted.isdisjoint(ids)
-            if record is not None and wanted and record.parent == self._lineage.stable:
+            if record is not None and record.parent == self._lineage.stable:
                 log.info("publishing what was finished before the restart", checkpoint=checkpoint)
-                await self._publish(record)
-                continue
-            await self._take_up(checkpoint, jobs)
+                try:
+                    await self._publish(record)
+                    continue
+                except (Cancelled, CheckpointDamaged) as error:
+                    log.warning("not published", checkpoint=checkpoint, error=error.message)
+            await self._take_up(checkpoint, ids)
 
-    async def _take_up(self, checkpoint: str, jobs: Sequence[JobRecord]) -> None:
-        ids = [job.job_id for job in jobs]
-        worn_out = [job.job_id for job in jobs if job.attempts >= MAX_ATTEMPTS]
+    async def _take_up(self, checkpoint: str, ids: Sequence[str]) -> None:
+        jobs = await self._store(lambda s: [s.job(job_id) for job_id in ids])
+        unwanted = [job.job_id for job in jobs if job.cancel_requested]
+        if unwanted:
+            await self._store(lambda s: s.set_state(unwanted, "cancelled"))
+        worn_out = [job.job_id for job in jobs if job.attempts >= MAX_ATTEMPTS and job.job_id not in unwanted]
         if worn_out:
             error = TrainingFailed(
                 f"The process ended {MAX_ATTEMPTS} times while this job trained.",
@@ -135,16 +143,16 @@ class Scheduler:
             )
             await self._store(lambda s: s.set_state(worn_out, "quarantined", error=error.as_dict()))
             log.error("quarantined", jobs=worn_out)
-        rest = [job for job in jobs if job.job_id not in worn_out]
+        rest = [job for job in jobs if job.job_id not in (*unwanted, *worn_out)]
         if not rest:
             self._drop(checkpoint)
             return
         left = [job.job_id for job in rest]
         alone = len(ids) > 1 and max(job.attempts for job in rest) >= MAX_ATTEMPTS - 1
-        if worn_out or alone:
-            # one of them may be what ends the process: the others must not go down with it again
+        if unwanted or worn_out or alone:
             await self._store(lambda s: s.requeue(left))
-            self._alone.update(left)
+            # one of them may be what ends the process: the others must not go down with it again
+            (self._alone if worn_out or alone else self._due).update(left)
             self._drop(checkpoint)
             return
         await self._store(lambda s: s.retry_batch(checkpoint, left))
@@ -161,30 +169,23 @@ class Scheduler:
         await self._train(checkpoint, jobs)
 
     async def _train(self, checkpoint: str, jobs: tuple[str, ...]) -> None:
-        examples = await self._examples(jobs)
+        self.trouble = None
         self.running = running = Running(checkpoint, jobs)
-        if not self._unwanted.isdisjoint(jobs):
-            running.cancelled.set()
-        batch = TrainBatch(
-            checkpoint=checkpoint,
-            parent=self._lineage.stable,
-            jobs=jobs,
-            examples=examples,
-            data_hash=data_hash(examples),
-            number=number_of(checkpoint),
-            lineage=self._config.lineage,
-        )
-        log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(examples))
         try:
+            batch = await self._batch(running)
+            log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(batch.examples))
             result = await self._engine.train(batch, self._report, running.cancelled)
             record = await self._lineage.commit(result)
             if result.notes:
                 await self._store(lambda s: s.add_notes(jobs, result.notes))
-            await self._publish(record, lambda: not running.cancelled.is_set())
+            await self._publish(record)
         except Cancelled:
-            await self._after_cancel(running)
+            self._due.update(await self._store(lambda s: s.requeue(jobs, count_attempt=False)))
+            self._drop(checkpoint)
         except NotReady:
             await asyncio.shield(self._store(lambda s: s.take_back_attempt(jobs)))
+            raise
+        except StoreError:  # no fault of the jobs: what is finished is published when the store works again
             raise
         except Exception as error:
             await self._after_failure(running, error)
@@ -194,26 +195,26 @@ class Scheduler:
             await self._settle_writes()
             self.running = None
 
-    async def _publish(self, record: CheckpointRecord, wanted: Callable[[], bool] = lambda: True) -> None:
-        await self._lineage.publish(record, wanted)
+    async def _batch(self, running: Running) -> TrainBatch:
+        examples = await self._examples(running.jobs)
+        # `cancel` finds what is running from now on; what it was asked before is in the store
+        jobs = await self._store(lambda s: [s.job(job_id) for job_id in running.jobs])
+        if any(job.cancel_requested for job in jobs):
+            running.cancelled.set()
+        return TrainBatch(
+            checkpoint=running.checkpoint,
+            parent=self._lineage.stable,
+            jobs=running.jobs,
+            examples=examples,
+            data_hash=data_hash(examples),
+            number=number_of(running.checkpoint),
+            lineage=self._config.lineage,
+        )
+
+    async def _publish(self, record: CheckpointRecord) -> None:
+        await self._lineage.publish(record)
         self._alone.difference_update(record.jobs)
         self._forget_state(record.checkpoint)
-
-    async def _after_cancel(self, running: Running) -> None:
-        self._due.update(await self._give_back(running))
-        self._drop(running.checkpoint)
-
-    async def _give_back(self, running: Running) -> list[str]:
-        """End the batch's cancelled jobs and queue the others again: those."""
-        gone = [job for job in running.jobs if job in self._unwanted]
-        rest = [job for job in running.jobs if job not in self._unwanted]
-        if gone:
-            await self._store(lambda s: s.set_state(gone, "cancelled"))
-            self._unwanted.difference_update(gone)
-            self._alone.difference_update(gone)
-        if rest:
-            await self._store(lambda s: s.requeue(rest, count_attempt=False))
-        return rest
 
     async def _after_failure(self, running: Running, error: Exception) -> None:
         if not isinstance(error, RadianceError):
@@ -222,7 +223,7 @@ class Scheduler:
         self._drop(running.checkpoint)
         if len(running.jobs) > 1:
             log.warning("a batch failed; its jobs are tried one by one", error=error.message)
-            self._alone.update(await self._give_back(running))
+            self._alone.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
             return
         document = error.as_dict()
         log.error("job failed", jobs=list(running.jobs), error=error.message)
@@ -279,16 +280,9 @@ class Scheduler:
 
     async def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job in any state before publication. Raises `NotFound` or `Conflict`."""
-        self._unwanted.add(job_id)  # before the store is asked: either it is published by then, or it never will be
-        try:
-            if self.running is not None and job_id in self.running.jobs:
-                self.running.cancelled.set()
-            job = await self._store(lambda s: s.cancel(job_id))
-        except BaseException:
-            self._unwanted.discard(job_id)
-            raise
-        if job.state in FINAL_STATES:
-            self._unwanted.discard(job_id)
+        job = await self._store(lambda s: s.cancel(job_id))
+        if self.running is not None and job_id in self.running.jobs:
+            self.running.cancelled.set()
         self.wake()
         return job
 

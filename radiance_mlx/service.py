@@ -5,6 +5,7 @@ the project's own values and errors; HTTP is `radiance_mlx.api`'s affair.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import platform
 import time
@@ -19,7 +20,7 @@ from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
 from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
-from .lineage import Lineage
+from .lineage import Lineage, damaged
 from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
 from .scheduler import Scheduler
 from .storage import StoreThread
@@ -115,8 +116,12 @@ class Service:
 
     async def search(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""
-        _, engine, _, _ = self._require()
-        return await engine.answer(await self.address(request))
+        _, engine, lineage, _ = self._require()
+        asked = await self.address(request)
+        try:
+            return await engine.answer(asked)
+        except CheckpointDamaged as error:
+            raise await lineage.mark_damaged(asked.checkpoint, error) from error
 
     async def address(self, request: Generate) -> Generate:
         """The request with its checkpoint resolved: "stable" becomes what is stable now.
@@ -142,10 +147,15 @@ class Service:
             stream=request.stream,
         )
 
-    def stream(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
+    async def stream(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
         """Pieces, then the answer. `request` must have been through `address`."""
-        _, engine, _, _ = self._require()
-        return engine.generate(request)
+        _, engine, lineage, _ = self._require()
+        try:
+            async with contextlib.aclosing(engine.generate(request)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    yield piece
+        except CheckpointDamaged as error:
+            raise await lineage.mark_damaged(request.checkpoint, error) from error
 
     @staticmethod
     def _require_servable(record: CheckpointRecord, lineage: Lineage) -> None:
@@ -157,7 +167,7 @@ class Service:
                 "storage.keep_checkpoints says how many are kept.",
             )
         if record.damaged is not None:
-            raise CheckpointDamaged(record.damaged, "Use another checkpoint.")
+            raise damaged(record.checkpoint, record.damaged)
 
     # --- update ----------------------------------------------------------------------------------
 
@@ -272,14 +282,22 @@ class Service:
             "base_hash": facts.base_hash,
             "context": facts.context,
             "engine": engine.status,
-            "warnings": [*facts.warnings, *lineage.warnings, *self._config_warnings()],
+            "warnings": [
+                *([scheduler.trouble] if scheduler.trouble else []),
+                *facts.warnings,
+                *lineage.warnings,
+                *self._config_warnings(),
+            ],
             "config": self.config.model_dump(mode="json", exclude={"server": {"token"}}),
         }
 
     def _config_warnings(self) -> list[str]:
-        if self.config.evaluation.anchor_provider in (None, "none"):
-            return []
-        return ["evaluation.anchor_provider: anchors are not measured by this version; forgetting is null"]
+        evaluation, warnings = self.config.evaluation, []
+        if evaluation.anchor_provider not in (None, "none"):
+            warnings.append("evaluation.anchor_provider: anchors are not measured by this version; forgetting is null")
+        if evaluation.rollback_mode != "off":
+            warnings.append("evaluation.rollback_mode: this version does not roll back by itself; it has no effect")
+        return warnings
 
 
 def iso(seconds: float) -> str:

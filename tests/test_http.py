@@ -1,15 +1,23 @@
 """The HTTP contract, over a real port: shapes of answers, errors, who is let in, and the description of it all."""
 
+import asyncio
 import json
 import re
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import structlog
 from running import FACTS, QUICK, REFUSALS, LoopThread, Running, http, until
+from starlette.responses import Response
 
 from radiance_mlx.api.app import make_app
+from radiance_mlx.api.responses import job_body
+from radiance_mlx.api.security import Guard
+from radiance_mlx.api.server import _configure_logging
 from radiance_mlx.config import load_config
+from radiance_mlx.config.schema import ServerSection
 from radiance_mlx.service import Service
 
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -147,7 +155,9 @@ def test_rollback_moves_the_pointer_and_forward_again(client):
     back = client.post("/rollback", json={"to": None, "reason": "a test"})
     assert back.json() == {"checkpoint": "base", "checkpoint_status": "base", "previous": name}
     error(client.post("/rollback", json={}), 409, "conflict")
-    error(client.post("/rollback", json={"to": "nothing"}), 404, "not_found")
+    hint = error(client.post("/rollback", json={"to": "stable"}), 404, "not_found")["hint"]
+    assert '"base"' in hint
+    assert "null" in hint
     forward = client.post("/rollback", json={"to": name})
     assert forward.json() == {"checkpoint": name, "checkpoint_status": "stable", "previous": "base"}
 
@@ -339,6 +349,60 @@ OURS = ["localhost", "LOCALHOST:8321", "127.0.0.1:1", "127.8.8.8", "[::1]:8321",
 @pytest.mark.parametrize("host", OURS)
 def test_names_of_this_machine_and_listed_ones_are_let_in(client, host):
     assert client.get("/healthz", headers={"host": host}).json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("local", "host", "status"),
+    [
+        ("192.168.1.5", "192.168.1.5:8321", 204),
+        ("192.168.1.5", "192.168.1.6:8321", 403),
+        ("::ffff:192.168.1.5", "192.168.1.5", 204),
+        ("fd00::5", "[fd00::5]:8321", 204),
+        ("fd00::5", "[fd00::6]:8321", 403),
+        (None, "", 403),
+    ],
+)
+def test_the_address_that_was_connected_to_is_let_in(local, host, status):
+    """With server.host 0.0.0.0 it cannot be listed beforehand."""
+
+    async def app(scope, receive, send):
+        await Response(status_code=204)(scope, receive, send)
+
+    async def send(message):
+        sent.append(message)
+
+    sent = []
+    scope = {"type": "http", "path": "/info", "headers": [(b"host", host.encode())], "method": "GET"}
+    scope["server"] = local and (local, 8321)
+    asyncio.run(
+        Guard(app, ServerSection(host="0.0.0.0", token="a"))(
+            {**scope, "headers": [*scope["headers"], (b"authorization", b"Bearer a")]}, None, send
+        )
+    )
+    assert sent[0]["status"] == status
+
+
+def test_a_job_that_is_being_stopped_says_so(started):
+    job = started.service.job("job_000001")
+    wished = replace(job, state="training", cancel_requested=True)
+    assert any("cancelled" in note for note in job_body(wished, None)["notes"])
+    assert job_body(replace(wished, state="cancelled"), None)["notes"] == list(job.notes)
+
+
+def test_tracebacks_in_the_log_show_no_variables(capsys):
+    """They may hold users' data."""
+    _configure_logging("info")
+    try:
+        prompt = "what a user " + "asked"
+        try:
+            raise ZeroDivisionError(len(prompt))
+        except ZeroDivisionError:
+            structlog.get_logger().exception("a bug")
+    finally:
+        structlog.reset_defaults()
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError" in said
+    assert "what a user asked" not in said
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://good.example", ""])

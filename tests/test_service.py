@@ -20,8 +20,10 @@ from radiance_mlx.errors import (
     InternalError,
     NotFound,
     PromptTooLong,
+    StoreError,
 )
 from radiance_mlx.messages import Example
+from radiance_mlx.store import Store
 
 BATCHED = {**QUICK, "update_mode": "batched", "batch.max_examples": 3}
 
@@ -407,6 +409,38 @@ def test_what_is_published_cannot_be_cancelled_any_more(tmp_path):
         assert service.job("job_000001").state == "published"
 
 
+def test_a_wish_to_cancel_that_is_found_at_a_start_is_fulfilled_and_its_company_is_published(tmp_path):
+    """Also when the batch's folder was finished: nothing of it is kept."""
+    with running(tmp_path, {**ENDLESS, "update_mode": "batched", "batch.max_examples": 2}) as service:
+        bad, good = service.post_many([[FACTS[0]], [FACTS[1]]])
+        first = service.wait_for_step()
+    with Store(tmp_path)._database.write() as db:  # as after `kill -9` between the 202 and the stop
+        db.execute("UPDATE jobs SET cancel_requested = 1 WHERE job_id = ?", (bad,))
+    with running(tmp_path, {**QUICK, "update_mode": "batched", "batch.max_examples": 2}) as service:
+        made = service.wait(good, "published").checkpoint
+        assert service.job(bad).state == "cancelled"
+        assert service.checkpoints()[made].jobs == (good,)
+        assert made != first
+        assert nothing_left(service, first)
+
+
+def test_a_finished_folder_with_a_job_to_be_cancelled_is_not_published_at_a_start(tmp_path, monkeypatch):
+    with running(tmp_path) as service:
+        gate = Gate(service, service.service._lineage, "publish", monkeypatch)
+        job = service.post(FACTS[0])
+        gate.wait()
+        checkpoint = service.job(job).checkpoint
+        service.call(service.service.cancel(job))
+        shutil.copytree(tmp_path, copy := tmp_path.with_name("copy"))  # as after `kill -9`
+        gate.open()
+        service.wait(job, "cancelled")
+    assert (copy / "adapters" / checkpoint).is_dir()
+    with running(copy) as service:
+        service.wait(job, "cancelled")
+        until(lambda: nothing_left(service, checkpoint))
+        assert (service.checkpoints(), service.current) == ({}, "base")
+
+
 # --- jobs that fail ------------------------------------------------------------------------------
 
 
@@ -558,6 +592,28 @@ def test_a_full_waiting_line_is_busy(tmp_path):
         assert service.ask("Hello!").text
 
 
+@pytest.mark.parametrize("method", ["queued", "start_batch", "publish"])
+def test_a_store_that_fails_for_a_while_holds_the_queue_and_not_the_service(tmp_path, monkeypatch, method):
+    """A full disk, say: told by /info while it lasts, and the job is published afterwards, trained once."""
+    whole, full = getattr(Store, method), [True]
+
+    def fails(self, *args, **kwargs):
+        if full:
+            raise StoreError("disk full")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr("radiance_mlx.scheduler.LOOK_S", 0.05)
+    with running(tmp_path) as service:
+        monkeypatch.setattr(Store, method, fails)
+        job = service.post(FACTS[0])
+        until(lambda: any("disk full" in warning for warning in service.info()["warnings"]))
+        assert service.ask("Hello!").checkpoint == "base"
+        full.clear()
+        assert service.wait(job, "published").attempts == 1
+        until(lambda: service.info()["warnings"] == [])
+        assert service.deaths == []
+
+
 # --- going back ----------------------------------------------------------------------------------
 
 
@@ -702,6 +758,31 @@ def test_damage_that_is_found_on_the_way_back_leaves_everything_as_it_was(two_ch
             service.call(service.service.rollback(None, ""))
         assert service.current == b
         assert list(service.info()["damaged"]) == [a]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_damage_that_a_request_finds_is_remembered(two_checkpoints, tmp_path, stream):
+    source, a, _ = two_checkpoints
+    home = shutil.copytree(source, tmp_path / "home")
+    with running(home) as service:
+        alter(home / "adapters" / a)
+
+        async def ask():
+            asked = await service.service.address(request("Hello!", checkpoint=a, stream=stream))
+            return [item async for item in service.service.stream(asked)]
+
+        with pytest.raises(CheckpointDamaged) as caught:
+            service.call(ask()) if stream else service.ask("Hello!", checkpoint=a)
+        assert caught.value.message.count(a) == 1
+        assert list(service.info()["damaged"]) == [a]
+        with pytest.raises(CheckpointDamaged) as again:
+            service.call(service.service.address(request("Hello!", checkpoint=a)))
+        assert again.value.message == caught.value.message
+
+
+def test_settings_without_effect_are_warned_of(tmp_path):
+    with running(tmp_path, evaluation__rollback_mode="warn") as service:
+        assert ["rollback_mode" in warning for warning in service.info()["warnings"]] == [True]
 
 
 def test_only_so_many_checkpoints_are_kept(tmp_path):

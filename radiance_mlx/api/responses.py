@@ -5,7 +5,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ..errors import RadianceError
-from ..messages import Answer
+from ..messages import FINAL_STATES, Answer
 from ..service import iso
 from ..store import CheckpointRecord, JobRecord
 
@@ -38,6 +38,7 @@ def answer_body(answer: Answer, latency_s: float) -> dict[str, Any]:
 def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
     """`schemas.Job`. A job that ended without a checkpoint names none, though one was reserved for it."""
     gave_up = job.state in ("failed", "cancelled", "quarantined")
+    stopping = job.cancel_requested and job.state not in FINAL_STATES
     return {
         "job_id": job.job_id,
         "state": job.state,
@@ -49,7 +50,7 @@ def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
         "checkpoint": None if gave_up else job.checkpoint,
         "progress": progress,
         "error": job.error and {"details": None, "hint": "", **job.error},
-        "notes": list(job.notes),
+        "notes": [*job.notes, *(["to be cancelled: its training is being stopped"] if stopping else [])],
     }
 
 

@@ -30,15 +30,18 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(Headers(scope=scope), scope["path"])
+            local, _ = scope.get("server") or ("", None)
+            self._check(Headers(scope=scope), scope["path"], local.lower().removeprefix("::ffff:"))
         except RadianceError as error:
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, path: str, local: str) -> None:
         host = _without_port(headers.get("host", ""))
-        if not (is_loopback(host) or host == self._settings.host.lower() or host in self._hosts):
+        # the address that was connected to is ours, and no name that somebody else could point here
+        ours = host in self._hosts or host == self._settings.host.lower() or (local and host.strip("[]") == local)
+        if not (is_loopback(host) or ours):
             raise Forbidden(f"The host {host or '(none)'} is not on the list.", "See server.allowed_hosts.")
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and not _same_origin(origin, headers):

@@ -214,14 +214,14 @@ class EngineThread:
         while not self._stopping.is_set():
             self._beat = time.monotonic()
             self._drain(engine, block=not busy)
-            try:
-                busy = engine.step()
-                if not busy or self._beat - told >= STATUS_S:
-                    self.status, told = engine.status(), self._beat
-            except Exception:  # a bug beside requests and training: neither may end by it
-                log.exception("the engine's loop failed")
-                busy = False
+            busy = engine.step()
             self._flush()
+            if not busy or self._beat - told >= STATUS_S:
+                told = self._beat
+                try:
+                    self.status = engine.status()
+                except Exception:  # numbers for /info: nothing may end by them
+                    log.exception("the engine's status could not be read")
         engine.stop()
         self._flush()
         self._loop.call_soon_threadsafe(self._die, None)

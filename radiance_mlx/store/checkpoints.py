@@ -6,7 +6,7 @@ Each function works inside a transaction that its caller holds.
 import json
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,11 +36,6 @@ class CheckpointRecord:
     damaged: str | None = None  # what is wrong with its files
     pruned: bool = False  # its folder was removed to save room
 
-    def as_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON data."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"jobs": list(self.jobs), "notes": list(self.notes)}
-
 
 def reserve(db: sqlite3.Connection, base_hash: str, now: float) -> str:
     """The next checkpoint id of this home; once given, it is not given again."""
@@ -62,7 +57,7 @@ def insert(db: sqlite3.Connection, record: CheckpointRecord) -> None:
         raise Conflict(f"{record.checkpoint} is published already.", "A checkpoint is published once.")
     if record.parent is not None and one(db, record.parent).base_hash != record.base_hash:
         raise Conflict(f"The parent {record.parent} of {record.checkpoint} belongs to another base model.")
-    values = record.as_dict()
+    values = asdict(record)
     for name in ("jobs", "files", "metrics", "config", "notes"):
         values[name] = to_json(values[name])
     db.execute(
@@ -132,7 +127,7 @@ def require_usable(db: sqlite3.Connection, base_hash: str, checkpoint: str) -> C
             "Choose a newer checkpoint; storage.keep_checkpoints says how many are kept.",
         )
     if record.damaged is not None:
-        raise CheckpointDamaged(f"{checkpoint} cannot be served: {record.damaged}", "Choose another checkpoint.")
+        raise CheckpointDamaged(f"{checkpoint} is damaged: {record.damaged}.", "Choose another checkpoint.")
     return record
 
 

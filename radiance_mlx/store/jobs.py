@@ -3,10 +3,10 @@
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
-from ..errors import Conflict, NotFound
+from ..errors import Cancelled, Conflict, NotFound
 from ..messages import FINAL_STATES, Example, JobState
 from .database import optional_from_json, optional_json, to_json
 
@@ -44,11 +44,6 @@ class JobRecord:
     idempotency_key: str | None
     body_hash: str
     cancel_requested: bool = False  # while it trains: to be cancelled, not published
-
-    def as_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON data."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return values | {"tags": list(self.tags), "notes": list(self.notes)}
 
 
 def next_number(db: sqlite3.Connection) -> int:
@@ -111,11 +106,6 @@ def in_states(db: sqlite3.Connection, states: Collection[str]) -> list[JobRecord
     return [_record(row) for row in rows]
 
 
-def oldest_queued_at(db: sqlite3.Connection) -> float | None:
-    oldest = db.execute("SELECT min(created) FROM jobs WHERE state = 'queued'").fetchone()[0]
-    return None if oldest is None else float(oldest)
-
-
 def examples(db: sqlite3.Connection, job_ids: Iterable[str]) -> list[tuple[str, Example]]:
     rows = db.execute(
         f"""SELECT job_id, body FROM jobs JOIN examples ON examples.job = jobs.number
@@ -152,6 +142,13 @@ def require_batch(found: Sequence[JobRecord], checkpoint: str, wish: str) -> Non
         raise Conflict(f"{', '.join(strange)} trains for another checkpoint than {checkpoint}: {wish}.")
 
 
+def require_wanted(found: Sequence[JobRecord], wish: str) -> None:
+    """Raise `Cancelled` if somebody has asked for the end of one of the jobs."""
+    unwanted = [job.job_id for job in found if job.cancel_requested]
+    if unwanted:
+        raise Cancelled(f"{', '.join(unwanted)} is to be cancelled: {wish}.")
+
+
 def start(db: sqlite3.Connection, job_ids: Iterable[str], checkpoint: str, now: float) -> None:
     """`job_ids` go (again) into training for `checkpoint`, one more attempt counted."""
     db.execute(
@@ -169,13 +166,17 @@ def take_back_attempt(db: sqlite3.Connection, job_ids: Sequence[str], now: float
     )
 
 
-def requeue(db: sqlite3.Connection, job_ids: Sequence[str], count_attempt: bool, now: float) -> None:
-    require(many(db, job_ids), IN_BATCH, "cannot go back to the queue")
+def requeue(db: sqlite3.Connection, job_ids: Sequence[str], count_attempt: bool, now: float) -> list[str]:
+    found = many(db, job_ids)
+    require(found, IN_BATCH, "cannot go back to the queue")
+    left = [job.job_id for job in found if not job.cancel_requested]
+    put_state(db, [job.job_id for job in found if job.cancel_requested], "cancelled", now)
     db.execute(
         f"""UPDATE jobs SET state = 'queued', attempts = attempts - ?, checkpoint = NULL, progress = NULL,
             updated = ? WHERE {_IN_LIST}""",
-        (0 if count_attempt else 1, now, to_json(list(job_ids))),
+        (0 if count_attempt else 1, now, to_json(left)),
     )
+    return left
 
 
 def set_state(

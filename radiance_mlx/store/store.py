@@ -89,11 +89,6 @@ class Store:
         with self._database.read() as db:
             return jobs.in_states(db, ["queued"])
 
-    def oldest_queued_at(self) -> float | None:
-        """When the oldest job that is queued was accepted."""
-        with self._database.read() as db:
-            return jobs.oldest_queued_at(db)
-
     def examples_of(self, job_ids: Iterable[str]) -> list[tuple[str, Example]]:
         """(job id, example) in the order in which they were accepted; unknown ids add nothing."""
         with self._database.read() as db:
@@ -125,7 +120,8 @@ class Store:
             jobs.add_notes(db, job_ids, notes, self._clock())
 
     def cancel(self, job_id: str) -> JobRecord:
-        """Cancel a job that waits. One that trains comes back as it is: its training must be stopped first.
+        """Cancel a job that waits. For one that trains the wish is remembered: `publish` refuses it, and when
+        its training has been stopped, `requeue` cancels it.
 
         Raises `Conflict` for a job that has come to an end.
         """
@@ -164,13 +160,14 @@ class Store:
         with self._database.write() as db:
             jobs.take_back_attempt(db, job_ids, self._clock())
 
-    def requeue(self, job_ids: Sequence[str], *, count_attempt: bool = True) -> None:
-        """Give up the batch of these jobs: they are queued again, without a checkpoint.
+    def requeue(self, job_ids: Sequence[str], *, count_attempt: bool = True) -> list[str]:
+        """Give up the batch of these jobs: they are queued again, without a checkpoint; those.
 
+        The others are cancelled: somebody has asked for it while they trained.
         With `count_attempt` false the attempt is taken back, as after a stop that was asked for.
         """
         with self._database.write() as db:
-            jobs.requeue(db, job_ids, count_attempt, self._clock())
+            return jobs.requeue(db, job_ids, count_attempt, self._clock())
 
     # checkpoints
 
@@ -185,7 +182,7 @@ class Store:
 
         As published (status stable or risky) it becomes the stable one of its base; as rejected (any
         other status, or risky) the pointer stays. Raises `Conflict` when the id was published before or a
-        job does not train for it.
+        job does not train for it, and `Cancelled` when one is to be cancelled.
         """
         if record.status not in checkpoints.STATUS_OF_JOB_STATE[job_state]:
             raise ValueError(f"a checkpoint that is {record.status} has no jobs that are {job_state}")
@@ -193,7 +190,9 @@ class Store:
             now = self._clock()
             checkpoints.insert(db, record)
             wish = f"{record.checkpoint} cannot be published"
-            jobs.require_batch(jobs.many(db, record.jobs), record.checkpoint, wish)
+            found = jobs.many(db, record.jobs)
+            jobs.require_batch(found, record.checkpoint, wish)
+            jobs.require_wanted(found, wish)
             jobs.put_state(db, record.jobs, job_state, now)
             if job_state == "published":
                 checkpoints.point(db, record.base_hash, record.checkpoint)
