@@ -86,7 +86,7 @@ class Client:
         tags: Sequence[str] = (),
         idempotency_key: str | None = None,
     ) -> Json:
-        """Hand in examples to learn; `{"job_id": …, "queued": true}` when they are safely stored."""
+        """Hand in examples to learn; `{"job_id": …, "queued": true, …}` when they are safely stored."""
         headers = {b"Idempotency-Key": idempotency_key.encode()} if idempotency_key else None
         body = {"examples": [dict(example) for example in examples], "tags": list(tags)}
         return self._call("POST", "/update", body=body, headers=headers)
@@ -125,7 +125,7 @@ class Client:
         return self._call("GET", "/info")
 
     def jobs(self, state: str | None = None, limit: int | None = None, before: int | None = None) -> Json:
-        """`{"jobs": […], "next": …}`, newest first; `next` is the `before` of the next page."""
+        """`{"jobs": […], "next": …, …}`, newest first; `next` is the `before` of the next page."""
         params = {"state": state, "limit": limit, "before": before}
         return self._call("GET", "/jobs", params={k: v for k, v in params.items() if v is not None})
 
@@ -137,7 +137,7 @@ class Client:
         return self._call("DELETE", f"/jobs/{_segment(job_id)}")
 
     def checkpoints(self) -> Json:
-        """`{"checkpoints": […oldest first], "current": …}`."""
+        """`{"checkpoints": […oldest first], "current": …, …}`."""
         return self._call("GET", "/checkpoints")
 
     def checkpoint(self, checkpoint_id: str) -> Json:

@@ -1,6 +1,10 @@
 """What every test can count on: no setting of this machine reaches the service under test."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before MLX is loaded: the workers share the cores
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path

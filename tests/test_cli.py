@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radiance_mlx import client, errors
-from radiance_mlx.cli import demo_questions, demo_service, examples, look, output, render, run
+from radiance_mlx.cli import demo_questions, demo_service, demo_show, examples, look, output, render, run
 from radiance_mlx.cli.main import main
 from radiance_mlx.models.nano import world
 
@@ -179,6 +179,13 @@ def test_the_demo_teaches_strangers_only() -> None:
             demo_questions.facts_about(bad)
 
 
+def test_the_demo_promises_no_curve_that_is_not_measured() -> None:
+    effects = {name: {"right": 8, "of": 8} for name in ("known_before", "known_after")}
+    effects |= {f"strangers_refused_{when}": {"right": 8, "of": 8} for when in ("before", "after")}
+    words = demo_show.forgetting_words(effects)
+    assert words == "It forgot nothing of the sample, and guesses about nobody."
+
+
 # --- exit codes and output ------------------------------------------------------------------------------
 
 
@@ -328,11 +335,30 @@ def test_update_wait_ends_with_a_checkpoint_that_answers_and_can_be_rolled_back(
     assert (listed["checkpoint"], listed["checkpoint_status"], listed["current"]) == (name, "stable", name)
     one = call("checkpoints", name)[1]
     assert (one["checkpoint"], one["checkpoint_status"], one["jobs"]) == (name, "stable", [job["job_id"]])
-    assert call("jobs")[1]["jobs"][0]["job_id"] == job["job_id"]
-    assert call("jobs", job["job_id"])[1]["checkpoint_status"] == "stable"
+    now = {"checkpoint": name, "checkpoint_status": "stable"}
+    jobs = call("jobs")[1]
+    assert jobs["jobs"][0]["job_id"] == job["job_id"]
+    assert now.items() <= jobs.items()
+    shown = call("jobs", job["job_id"])[1]
+    assert (shown["checkpoint_status"], shown["serving"]) == ("stable", now)
+    assert one["serving"] == job["serving"] == now
     back = call("rollback", "base", "--reason", "test")[1]
     assert (back["checkpoint"], back["checkpoint_status"], back["previous"]) == ("base", "base", name)
     assert call("rollback", name)[1]["checkpoint"] == name
+
+
+def test_what_is_served_comes_with_each_answer_and_needs_no_second_question(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = call("info")[1]
+    serving = {"checkpoint": now["current_checkpoint"], "checkpoint_status": now["checkpoint_status"]}
+    monkeypatch.delattr(client.Client, "info")
+    queued = call("update", "--input", "a", "--output", "c")[1]
+    assert {**serving, "queued": True}.items() <= queued.items()
+    code, cancelled = call("jobs", "cancel", queued["job_id"])
+    assert (code, cancelled["serving"]) == (0, serving)
+    assert serving.items() <= call("jobs")[1].items()
+    assert serving.items() <= call("checkpoints")[1].items()
 
 
 def test_a_cancelled_job_makes_wait_exit_with_4(call: Call) -> None:
@@ -373,7 +399,7 @@ def test_errors_of_the_service_exit_with_1_and_keep_their_code(call: Call, comma
 
 def test_tables_show_what_is_there(call: Call, service: str, capsys: pytest.CaptureFixture[str]) -> None:
     current = call("info")[1]["current_checkpoint"]
-    for command in ("info", "jobs", "checkpoints"):
-        assert main([command, "--url", service]) == 0
+    for command in ("info", "jobs", "checkpoints", "jobs job_000001"):
+        assert main([*command.split(), "--url", service]) == 0
         shown = capsys.readouterr()
         assert current in shown.out + shown.err

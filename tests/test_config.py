@@ -1,6 +1,7 @@
 """Configuration: sources and their order, faults, and that config.yaml tells the truth."""
 
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from radiance_mlx.config import Config, load_config
 from radiance_mlx.config.bases import SHORT_NAMES, recommended_values, resolve
-from radiance_mlx.config.loading import known_paths
+from radiance_mlx.config.loading import known_paths, nearest_path
 from radiance_mlx.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -208,6 +209,17 @@ def test_config_yaml_explains_every_key_once_with_its_default():
         assert got == value or float(got) == value, path
 
 
+def test_config_yaml_says_what_a_key_does_not_do_alone():
+    """An open host needs allowed_hosts as well, and anchors are not measured."""
+    text = (ROOT / "config.yaml").read_text()
+    host = text[text.index("  host:") : text.index("  port:")]
+    assert "token" in host
+    assert "allowed_hosts, e.g. [mini.local]" in host
+    evaluation = text[text.index("evaluation:") : text.index("  catastrophic_delta:")]
+    assert "does not measure anchors" in evaluation
+    assert "no effect yet" in evaluation
+
+
 def test_the_repositorys_config_yaml_loads():
     """A user who starts in the clone gets a valid configuration, with nano's own training values."""
     config = load_config(config_file=ROOT / "config.yaml", environ={}).config
@@ -216,7 +228,7 @@ def test_the_repositorys_config_yaml_loads():
 
 def test_known_paths_name_sections_and_keys():
     """The list behind "did you mean" holds both."""
-    paths = set(known_paths())
+    paths = dict(known_paths()).keys()
     assert {"training", "training.lr", "server.port", "base_model"} <= paths
 
 
@@ -260,6 +272,12 @@ def test_faults_of_all_sources_come_together_whatever_they_are(tmp_path):
         ({"lora.num_layers": 0}, "lora.num_layers"),
         ({"lora.num_layers": -7}, "lora.num_layers"),
         ({"base_model": "/nowhere/at/all"}, "base_model"),
+        ({"base_model": "./nowhere"}, "base_model"),
+        ({"base_model": "~/nowhere/at/all"}, "base_model"),
+        ({"base_model": "~no-such-user/model"}, "base_model"),
+        ({"model.chat_template_args": {"a": float("nan")}}, "model.chat_template_args"),
+        ({"model.chat_template_args": {"since": date(2026, 1, 1)}}, "model.chat_template_args"),
+        ({"_env_file": "x"}, "_env_file"),
     ],
 )
 def test_values_that_cannot_be_meant_are_faults_with_their_keys(flags, key):
@@ -279,3 +297,47 @@ def test_a_recommendation_that_is_no_object_names_its_file(tmp_path):
 def test_a_section_whose_keys_are_commented_out_is_empty(tmp_path):
     """`lora:` with nothing under it changes nothing."""
     assert load(tmp_path, "lora:\nserver:\n").server.port == 8321
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("bacth.max_examples", "batch.max_examples"),
+        ("bacth", "batch"),
+        ("server.lr", "training.lr"),
+        ("training.lrr", "training.lr"),
+        ("server.prot", "server.port"),
+    ],
+)
+def test_the_nearest_name_is_a_whole_path(path, nearest):
+    """The same last name counts more than a similar path."""
+    assert nearest_path(path) == nearest
+
+
+def test_only_keys_that_take_a_list_or_an_object_are_read_as_yaml(tmp_path):
+    """A token is text, whatever it looks like; lists and objects may be in any of YAML's forms."""
+    for token in ("0123", "[ab", "{x}", "null"):
+        assert load(tmp_path, environ={"RADIANCE_SERVER__TOKEN": token}).server.token == token
+    environ = {
+        "RADIANCE_SERVER__ALLOWED_HOSTS": "- a.local\n- b.local",
+        "RADIANCE_MODEL__CHAT_TEMPLATE_ARGS": "enable_thinking: false",
+        "RADIANCE_LORA": "{r: 5}",
+        "RADIANCE_LORA__TARGET_MODULES": "all-linear",
+    }
+    config = load(tmp_path, environ=environ)
+    assert config.server.allowed_hosts == ["a.local", "b.local"]
+    assert config.model.chat_template_args == {"enable_thinking": False}
+    assert (config.lora.r, config.lora.targets) == (5, ["all-linear"])
+    broken = faults(tmp_path, environ={"RADIANCE_SERVER__ALLOWED_HOSTS": "[a", "RADIANCE_TRAINING__LR": "x"})
+    assert {fault["key"] for fault in broken.details} == {"server.allowed_hosts", "training.lr"}
+
+
+def test_keys_that_are_no_names_are_faults(tmp_path):
+    """A number as a key is unknown, at the top too; so are pydantic-settings' own arguments."""
+    error = faults(tmp_path, "1: 2\n_cli_parse_args: true\nlora: {r: x}")
+    assert {fault["key"] for fault in error.details} == {"1", "_cli_parse_args", "lora.r"}
+
+
+def test_a_home_of_nobody_is_no_crash():
+    """`~somebody` without such a user is a path like any other."""
+    assert load_config(environ={"RADIANCE_HOME": "~no-such-user/x"}).home.name == "x"

@@ -135,4 +135,4 @@ def forgetting_words(effects: dict[str, Any]) -> str:
         return f"Forgetting {WITHOUT_RIGHT}."
     old = "It forgot nothing of the sample" if lost <= 0 else f"It forgot {lost} of the sample's facts"
     new = "and guesses about nobody" if guesses <= 0 else f"and now guesses about {guesses} it does not know"
-    return f"{old}, {new}. GET /info keeps the curves."
+    return f"{old}, {new}."

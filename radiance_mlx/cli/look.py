@@ -6,7 +6,7 @@ import typer
 
 from ..errors import NotFound
 from . import output, teach
-from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples, serving, with_serving
+from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -95,7 +95,7 @@ def which_job(words: list[str], cancel: str | None) -> tuple[str | None, bool]:
 
 
 def _list_jobs(client: "Client", state: str | None, limit: int, as_json: bool) -> None:
-    page = with_serving(client, client.jobs(state=state, limit=limit))
+    page = client.jobs(state=state, limit=limit)
     if as_json:
         output.print_json(page)
         return
@@ -108,15 +108,14 @@ def _list_jobs(client: "Client", state: str | None, limit: int, as_json: bool) -
 
 def _one_job(client: "Client", job: dict[str, Any], as_json: bool) -> None:
     """A job with the status of its own checkpoint; `serving` says who answers meanwhile."""
-    now = serving(client)
-    job = {**job, "checkpoint_status": _status(client, job.get("checkpoint")), "serving": now}
+    job = {**job, "checkpoint_status": _status(client, job.get("checkpoint"))}
     if as_json:
         output.print_json(job)
         return
     from . import render
 
     output.out().print(render.job_view(job))
-    output.remark(f"serving {render.checkpoint_line(now)}")
+    output.remark(f"serving {render.checkpoint_line(job['serving'])}")
 
 
 def _status(client: "Client", checkpoint: str | None) -> str | None:
@@ -143,7 +142,7 @@ def checkpoints(
             found = client.checkpoint(checkpoint_id)
             body = {**found, "checkpoint_status": found.get("status")}
         else:
-            body = with_serving(client, client.checkpoints())
+            body = client.checkpoints()
     if as_json:
         output.print_json(body)
         return
@@ -151,6 +150,7 @@ def checkpoints(
 
     if checkpoint_id:
         output.out().print(render.checkpoint_view(body))
+        output.remark(f"serving {render.checkpoint_line(body['serving'])}")
         return
     output.out().print(render.checkpoints_table(body["checkpoints"], body.get("current")))
     output.remark(f"serving {render.checkpoint_line(body)}")

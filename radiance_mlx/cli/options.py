@@ -1,11 +1,9 @@
 """The options that many commands share, and how they become a client."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from ..errors import RadianceError
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -67,19 +65,3 @@ def examples(*commands: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("[", "\\[")
-
-
-def with_serving(client: "Client", body: dict[str, Any]) -> dict[str, Any]:
-    """`body` with the checkpoint that answers now and its status, if it does not carry them."""
-    if "checkpoint" in body and "checkpoint_status" in body:
-        return body
-    return {**body, **serving(client)}
-
-
-def serving(client: "Client") -> dict[str, Any]:
-    """`{checkpoint, checkpoint_status}` of what answers now; nulls when the service cannot say."""
-    try:
-        info = client.info()
-    except RadianceError:
-        info = {}
-    return {"checkpoint": info.get("current_checkpoint"), "checkpoint_status": info.get("checkpoint_status")}

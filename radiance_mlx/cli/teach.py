@@ -7,7 +7,7 @@ import typer
 from ..errors import InvalidRequest
 from . import output
 from .examples import Row, read_rows
-from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples, with_serving
+from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -65,7 +65,7 @@ def update(
         queued = _send(client, rows, [*tags, *(tag or [])], idempotency_key)
         if wait:
             return follow_to_the_end(client, queued["job_id"], as_json)
-        _show_queued(with_serving(client, queued), len(rows), as_json)
+        _show_queued(queued, len(rows), as_json)
     return output.OK
 
 

@@ -33,7 +33,7 @@ def resolve(name: str) -> Path | str:
     """A local folder as a `Path`, or a hub name as a string."""
     if name == "nano":
         return NANO_FOLDER
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         return folder.resolve()
     if name.startswith(("/", ".", "~")):
@@ -43,6 +43,14 @@ def resolve(name: str) -> Path | str:
             [{"key": "base_model", "problem": "no such folder"}],
         )
     return SHORT_NAMES.get(name, name)
+
+
+def expanded(path: str) -> Path:
+    """`path` with the home folder for `~`; `~somebody` stays as it is when there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def recommended_values(name: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def load_config(
 
 
 def _path(value: str | None) -> Path | None:
-    return Path(value).expanduser() if value else None
+    return bases.expanded(value) if value else None
 
 
 def _user_home() -> Path:
@@ -97,7 +97,7 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} must hold keys and values, not a {type(values).__name__}.")
     sections = {name for name, info in Config.model_fields.items() if _is_section(info.annotation)}
     # a section whose keys are all commented out
-    return {key: {} if value is None and key in sections else value for key, value in values.items()}
+    return {str(key): {} if value is None and key in sections else value for key, value in values.items()}
 
 
 def _is_section(kind: Any) -> bool:
@@ -105,8 +105,8 @@ def _is_section(kind: Any) -> bool:
 
 
 def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) -> dict[str, Any]:
-    """`RADIANCE_BASE_MODEL`, `RADIANCE_TRAINING__LR`, …; lists and objects as JSON."""
-    known, flat = set(known_paths()), {}
+    """`RADIANCE_BASE_MODEL`, `RADIANCE_TRAINING__LR`, …; lists and objects as YAML, which includes JSON."""
+    known, flat = dict(known_paths()), {}
     for name, text in environ.items():
         if not name.upper().startswith(ENV_PREFIX) or name in OTHER_VARIABLES:
             continue
@@ -115,12 +115,20 @@ def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) 
         if path not in known and not free:
             faults.append(_unknown(path, f"environment, {name}"))
             continue
-        structured = text.lstrip()[:1] in ("[", "{") or free
         try:
-            flat[path] = yaml.safe_load(text) if structured else text
+            flat[path] = yaml.safe_load(text) if free else _value_of(text, known[path])
         except yaml.YAMLError as error:
-            faults.append({"key": path, "where": f"environment, {name}", "problem": f"is not JSON: {error}"})
+            faults.append({"key": path, "where": f"environment, {name}", "problem": f"is not YAML: {error}"})
     return _nested(flat, "environment", faults)
+
+
+def _value_of(text: str, kind: Any) -> Any:
+    """A list or object where the key takes one; any other text stays text, whose numbers the schema reads."""
+    kinds = [typing.get_origin(member) or member for member in _members(kind)]
+    if not any(k in (list, dict) or _is_section(k) for k in kinds):
+        return text
+    value = yaml.safe_load(text)
+    return value if isinstance(value, list | dict) else text
 
 
 def _refuse_outside_the_file(sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]) -> None:
@@ -158,8 +166,10 @@ def _validate(
     values: dict[str, Any], sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]
 ) -> Config:
     config = None
+    strangers = values.keys() - Config.model_fields.keys()  # some, as _env_file, mean something to pydantic-settings
+    faults.extend(_unknown(path, _origin(path, sources)) for path in sorted(strangers))
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate({key: value for key, value in values.items() if key not in strangers})
     except ValidationError as error:
         for fault in error.errors():
             path = ".".join(str(part) for part in _key_of(fault["loc"]))
@@ -208,11 +218,13 @@ def _unknown(path: str, origin: str) -> dict[str, str]:
 
 
 def nearest_path(path: str) -> str | None:
-    """The valid key that `path` most likely means: by its whole path, else by its last name."""
-    names = list(known_paths())
+    """The valid key that `path` most likely means: one with its last name, else one like its path, else its name."""
+    names = [name for name, _ in known_paths()]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
-    close = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
-    leaf = difflib.get_close_matches(path.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.7)
+    last = path.rsplit(".", 1)[-1]
+    same = [name for name in names if name.rsplit(".", 1)[-1] == last]
+    close = difflib.get_close_matches(path, same, n=1, cutoff=0) or difflib.get_close_matches(path, names, 1, 0.75)
+    leaf = difflib.get_close_matches(last, by_leaf, n=1, cutoff=0.7)
     if not close and leaf:
         return by_leaf[leaf[0]]
     far = difflib.get_close_matches(path, names, n=1, cutoff=0.5)
@@ -232,12 +244,14 @@ def _as_error(faults: list[dict[str, str]]) -> ConfigError:
     )
 
 
-def known_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every key as a dotted path, sections included."""
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def known_paths(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key as a dotted path, with its type; sections included."""
     for name, info in model.model_fields.items():
-        yield prefix + name
-        kind = info.annotation
-        members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        for member in members:
+        yield prefix + name, info.annotation
+        for member in _members(info.annotation):
             if isinstance(member, type) and issubclass(member, BaseModel):
                 yield from known_paths(member, f"{prefix}{name}.")

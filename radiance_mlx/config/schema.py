@@ -4,6 +4,7 @@ Names and defaults are the contract with users. `config.yaml` in the repository 
 holds that file and this schema together. Nothing here reads a file: see `radiance_mlx.config.loading`.
 """
 
+import json
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,15 @@ class ModelSection(Section):
     revision: str | None = None
     chat_template_args: dict[str, Any] = {}
     trust_remote_code: bool = False
+
+    @field_validator("chat_template_args")
+    @classmethod
+    def _can_be_shown(cls, args: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(args, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"must be what JSON can hold: {error}") from error
+        return args
 
 
 class LoraSection(Section):
@@ -107,7 +117,7 @@ class BatchSection(Section):
 
 
 class EvaluationSection(Section):
-    """Anchors and the rollback policy. Unset, `anchor_provider` means no anchors."""
+    """Anchors and the rollback policy. This version only accepts the keys: it measures no anchors."""
 
     anchor_provider: Annotated[Literal["hf", "local", "none"] | None, BeforeValidator(_none_is_a_word)] = None
     anchor_dataset: str = "tnn1t1s/news-100-sept-2023"
