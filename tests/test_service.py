@@ -555,13 +555,13 @@ def test_a_bug_in_a_task_for_the_engine_is_told_to_who_asked(tmp_path):
 def test_an_engine_thread_that_ends_is_told_and_nobody_waits_for_it(tmp_path, monkeypatch):
     """Not ready any more, searches are refused, and the one who runs the service hears of it."""
 
-    def dies(self, engine, *, block):
+    def dies(engine, *, block):
         raise MemoryError
 
     with running(tmp_path, ENDLESS) as service:
         job = service.post(FACTS[0])
         service.wait_for_step()
-        monkeypatch.setattr(EngineThread, "_drain", dies)
+        monkeypatch.setattr(service.service._engine, "_drain", dies)  # not its class: others are running
         until(lambda: service.deaths)
         assert not service.service.ready
         with pytest.raises(Exception, match="stopping"):
