@@ -11,7 +11,6 @@ from running import ENDLESS, FACTS, QUICK, REFUSALS, example, request, running, 
 
 from radiance_mlx.config.bases import NANO_FOLDER
 from radiance_mlx.engine.decoder import Decoder
-from radiance_mlx.engine.thread import EngineThread
 from radiance_mlx.engine.training import TrainingTask
 from radiance_mlx.errors import (
     Busy,

@@ -26,6 +26,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from radiance_mlx.config.schema import TrainingSection
+from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowSampler, RowState
 from radiance_mlx.lora.bank import AdapterWeights
 from radiance_mlx.lora.encoding import Encoded
@@ -101,7 +102,7 @@ def alone(base: nn.Module, adapter: AdapterWeights | None) -> nn.Module:
 
 
 def generator(module: nn.Module, **options: Any) -> BatchGenerator:
-    """mlx-lm's generator on the default stream, as the engine makes it."""
+    """mlx-lm's own generator."""
     return BatchGenerator(module, stream=mx.default_stream(mx.default_device()), **options)
 
 
@@ -116,9 +117,10 @@ def drain(running: BatchGenerator, uids: Iterable[int]) -> list[list[int]]:
     return list(tokens.values())
 
 
-def bank_generator(served: BankModel, **options: Any) -> BatchGenerator:
-    """A generator on a banked model with the sampler that all rows share."""
-    return generator(served, sampler=RowSampler(served), **options)
+def bank_generator(served: BankModel, **options: Any) -> JoiningGenerator:
+    """The engine's generator on a banked model, with the sampler that all rows share."""
+    stream = mx.default_stream(mx.default_device())
+    return JoiningGenerator(served, stream=stream, sampler=RowSampler(served), **options)
 
 
 def ask(running: BatchGenerator, served: BankModel, prompts: Sequence[Sequence[int]], rows: list[RowState], n: int):

@@ -1,4 +1,4 @@
-"""Answers: requests in, text out, over one `BatchGenerator` on the banked serving tree.
+"""Answers: requests in, text out, over one batch generator on the banked serving tree.
 
 A request waits until its adapter has a slot and the batch has room, then shares the batch with all others,
 whichever adapters they use. Each `step` admits, prefills a bounded part of prompts and draws one token for
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
 
 from ..config.schema import MemorySection, ServingSection
 from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..messages import BASE, Answer, Generate, TextDelta
+from .generation import JoiningGenerator
 from .model import BaseModel
 from .prompts import PromptCache
 from .rows import BankModel, RowSampler, RowState
@@ -86,8 +86,8 @@ class Decoder:
         self._live_version: tuple[str, int] | None = None
         self._generator = self._new_generator()
 
-    def _new_generator(self) -> BatchGenerator:
-        generator = BatchGenerator(
+    def _new_generator(self) -> JoiningGenerator:
+        generator = JoiningGenerator(
             self._model,
             stop_tokens=[[token] for token in sorted(self._base.tokenizer.eos_token_ids)],
             sampler=RowSampler(self._model),

@@ -119,19 +119,20 @@ class RowSampler:
     def __init__(self, model: BankModel) -> None:
         self._model = model
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        """(rows, vocabulary) log-probabilities → (rows,) tokens."""
+    def __call__(self, logits: mx.array) -> mx.array:
+        """(rows, vocabulary) logits → (rows,) tokens."""
         entry = self._model.current
         assert entry is not None
         keys = [[row.seed, row.drawn] for row in entry.rows]
         for row in entry.rows:
             row.drawn += 1
-        best = mx.argmax(logprobs, axis=-1)
+        best = mx.argmax(logits, axis=-1)
         if entry.greedy:
             return best
         rows = entry.rows
-        logprobs = logprobs.astype(mx.float32)
+        logprobs = logits.astype(mx.float32)
         if any(row.top_p < 1.0 for row in rows):
+            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
             logprobs = apply_top_p(logprobs, mx.array([[row.top_p] for row in rows]))
         heat = mx.array([[row.temperature or 1.0] for row in rows])
         drawn = mx.vmap(_draw)(logprobs / heat, mx.array(keys, dtype=mx.uint32))
