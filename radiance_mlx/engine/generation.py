@@ -15,7 +15,9 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBat
 
 
 class JoiningBatch(GenerationBatch):
-    """The sequences that decode. `_fresh` marks those whose last input was a token of their prompt."""
+    """The sequences that decode. `_fresh` marks those whose next input is still a token of their prompt."""
+
+    _next_tokens: mx.array
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._fresh: list[bool] = []
@@ -78,6 +80,14 @@ class JoiningBatch(GenerationBatch):
 class JoiningPrompts(PromptProcessingBatch):
     """The sequences whose prompts are being computed."""
 
+    uids: list[int]
+    prompt_cache: list[Any]
+    tokens: list[list[int]]
+    samplers: list[Any]
+    logits_processors: list[Any]
+    stop_sequences: list[Any]
+    max_tokens: list[int]
+
     def hand_over(self, indices: Sequence[int], last: list[list[int]]) -> JoiningBatch:
         """The sequences at `indices`, whose prompts are done but for the token in `last`, and no longer here."""
         if len(indices) == len(self.uids):  # all of them: no need to copy the keys and values
@@ -104,6 +114,8 @@ class JoiningPrompts(PromptProcessingBatch):
 
 class JoiningGenerator(BatchGenerator):
     """See the module's docstring."""
+
+    _currently_processing: list[list[Any]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
