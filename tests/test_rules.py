@@ -26,6 +26,7 @@ BESIDE = {
     "config": {"errors"},
     "checkpoints": {"store"},
     "storage": {"store"},
+    "evaluation": {"lora"},
     "scheduler": {"lineage"},
     "__main__": {"cli"},
 }

@@ -1,0 +1,1 @@
+"""What a checkpoint has learnt and what it cost: anchors, metrics, intervals, and the rules that act on them."""

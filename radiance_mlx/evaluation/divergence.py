@@ -1,0 +1,82 @@
+"""How far one next-token distribution is from another, token by token.
+
+A reference keeps, for each token, its K likeliest next tokens with their log-probabilities and the log of the
+probability that is left (the tail). The Kullback-Leibler divergence over these K + 1 outcomes is a lower bound
+of the one over the whole vocabulary (the data processing inequality: Cover and Thomas, Elements of
+Information Theory, 2.8), and equal to it when K is not smaller than the vocabulary. The K are never scaled up
+to sum to one: that would be neither bound nor estimate.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+TOP_K = 64
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is kept of one distribution for each of n tokens.
+
+    `ids` (n, K) int32 and `logprobs` (n, K) float32, the likeliest next tokens, likeliest first or in any
+    order; `tail` (n,) float32, the log-probability of all others together; `entropy` (n,) float32, in nats and
+    over the whole vocabulary; `target` (n,) float32, the log-probability of the token that came; `best` (n,)
+    int32, the likeliest token.
+    """
+
+    ids: mx.array
+    logprobs: mx.array
+    tail: mx.array
+    entropy: mx.array
+    target: mx.array
+    best: mx.array
+
+    def arrays(self) -> dict[str, mx.array]:
+        """By field name."""
+        return {name: getattr(self, name) for name in ("ids", "logprobs", "tail", "entropy", "target", "best")}
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """(n, V) logits of any float dtype → log-probabilities in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def reference(logprobs: mx.array, targets: mx.array, k: int = TOP_K) -> Reference:
+    """Of (n, V) log-probabilities and the (n,) tokens that came."""
+    k = min(k, logprobs.shape[-1])
+    ids = mx.argpartition(-logprobs, k - 1, axis=-1)[:, :k].astype(mx.int32)
+    top = mx.take_along_axis(logprobs, ids, axis=-1)
+    return Reference(
+        ids=ids,
+        logprobs=top,
+        tail=_tail(top),
+        entropy=-(mx.exp(logprobs) * mx.where(logprobs > -mx.inf, logprobs, 0.0)).sum(axis=-1),
+        target=_at(logprobs, targets),
+        best=mx.argmax(logprobs, axis=-1).astype(mx.int32),
+    )
+
+
+def kl(kept: Reference, logprobs: mx.array) -> mx.array:
+    """(n,) KL(reference ‖ `logprobs`) in nats, over the K + 1 outcomes; ≥ 0 but for rounding."""
+    theirs = mx.take_along_axis(logprobs, kept.ids, axis=-1)
+    probabilities = mx.exp(kept.logprobs)
+    inside = mx.where(probabilities > 0, probabilities * (kept.logprobs - theirs), 0.0).sum(axis=-1)
+    if kept.ids.shape[-1] >= logprobs.shape[-1]:
+        return inside
+    return inside + mx.exp(kept.tail) * (kept.tail - _tail(theirs))
+
+
+def agreement(kept: Reference, logprobs: mx.array) -> mx.array:
+    """(n,) 1.0 where both find the same token likeliest."""
+    return (mx.argmax(logprobs, axis=-1).astype(mx.int32) == kept.best).astype(mx.float32)
+
+
+def _tail(top: mx.array) -> mx.array:
+    """log(1 − Σ exp top), kept above log(TINY) where rounding would make it negative."""
+    return mx.log(mx.maximum(1.0 - mx.exp(top).sum(axis=-1), TINY))
+
+
+def _at(logprobs: mx.array, tokens: mx.array) -> mx.array:
+    return mx.take_along_axis(logprobs, tokens[:, None].astype(mx.int32), axis=-1)[:, 0]

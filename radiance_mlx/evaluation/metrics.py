@@ -1,0 +1,95 @@
+"""The metrics of one checkpoint on anchors, from sums over each document's tokens. Pure NumPy; nats a token.
+
+p0, q, p: next-token distributions of the base, of the parent and of this checkpoint. All means are over tokens;
+all intervals are 95%, by bootstrap over documents (see `statistics`).
+
+    forgetting_loss        −Σ p0 log p = H(p0) + KL(p0 ‖ p)
+    forgetting_kl          KL(p0 ‖ p)
+    forgetting_loss_delta  forgetting_loss of this checkpoint less that of its parent
+    drift_loss, drift_kl   the first two with q in place of p0
+    anchor_ce_delta        log p0(y) − log p(y) on the anchors' own tokens y; may be negative
+    base_agreement         share of tokens where p and p0 find the same token likeliest
+    retention_score        exp(−forgetting_kl), in (0, 1]
+
+The divergences are lower bounds where the vocabulary is larger than what is kept (see `divergence`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .statistics import Estimate, estimate
+
+NAMES = (
+    "forgetting_loss",
+    "forgetting_kl",
+    "forgetting_loss_delta",
+    "drift_loss",
+    "drift_kl",
+    "anchor_ce_delta",
+    "base_agreement",
+    "retention_score",
+)
+#: those that have no place on anchors, but are measured with them
+UPDATE_NAMES = ("update_kl", "update_retention")
+Sums = np.ndarray
+
+
+@dataclass(frozen=True)
+class AnchorSums:
+    """Sums over the counted tokens of each document, (documents,) each; the parent's are None where it is unknown.
+
+    `base_entropy` ΣH(p0), `base_target` Σlog p0(y), `target` Σlog p(y), `base_kl` ΣKL(p0 ‖ p), `agreement` Σ1[same
+    likeliest token], `parent_entropy` ΣH(q), `parent_kl` ΣKL(q ‖ p), `parent_base_kl` ΣKL(p0 ‖ q).
+    """
+
+    tokens: Sums
+    base_entropy: Sums
+    base_target: Sums
+    target: Sums
+    base_kl: Sums
+    agreement: Sums
+    parent_entropy: Sums | None = None
+    parent_kl: Sums | None = None
+    parent_base_kl: Sums | None = None
+
+
+def anchor_metrics(sums: AnchorSums, *, seed: int = 0) -> dict[str, Any]:
+    """`{name: mean or None, …, "intervals": {name: [low, high], …}}` for all of `NAMES`."""
+    found: dict[str, Estimate] = {}
+
+    def add(name: str, values: Sums | None) -> None:
+        if values is not None:
+            found[name] = estimate(values, sums.tokens, seed=seed)
+
+    add("forgetting_loss", sums.base_entropy + sums.base_kl)
+    add("forgetting_kl", sums.base_kl)
+    add("anchor_ce_delta", sums.base_target - sums.target)
+    add("base_agreement", sums.agreement)
+    if sums.parent_kl is not None and sums.parent_entropy is not None:
+        add("drift_loss", sums.parent_entropy + sums.parent_kl)
+        add("drift_kl", sums.parent_kl)
+    if sums.parent_base_kl is not None:
+        add("forgetting_loss_delta", sums.base_kl - sums.parent_base_kl)
+    divergence = found["forgetting_kl"]
+    found["retention_score"] = Estimate(
+        math.exp(-max(0.0, divergence.mean)), math.exp(-max(0.0, divergence.high)), math.exp(-max(0.0, divergence.low))
+    )
+    means = {name: found[name].mean if name in found else None for name in NAMES}
+    return {**means, "intervals": {name: [e.low, e.high] for name, e in found.items()}}
+
+
+def nothing_measured() -> dict[str, Any]:
+    """The same fields, all None: anchors are off, or could not be had."""
+    return {**dict.fromkeys((*NAMES, *UPDATE_NAMES)), "intervals": {}}
+
+
+def kept_gain(before: float, after: float, now: float) -> float | None:
+    """How much of an update's gain is left: (before − now) / (before − after), losses of its own examples.
+
+    1: all of it; 0: as if never taught; negative: worse than before. None where there was no gain to keep.
+    """
+    gain = before - after
+    return (before - now) / gain if gain > 1e-6 else None
