@@ -147,6 +147,27 @@ class Client:
         """Serve `to` from now on: a checkpoint, "base", or None for the parent of the current one."""
         return self._call("POST", "/rollback", body={"to": to, "reason": reason})
 
+    def evaluate(
+        self,
+        checkpoints: Sequence[str] | None = None,
+        against: str | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, of: None,
+        **anchors: Any,
+    ) -> Json:
+        """Measure checkpoints (None: all) on anchors; `anchors` are the `anchor_…` fields of POST /eval."""
+        listed = list(checkpoints) if checkpoints is not None else None
+        body = {"checkpoints": listed, "against": against, **anchors, "stream": True}
+        last: Json = {}
+        with self._translated(), self._http.stream("POST", "/eval", json=body) as response:
+            if response.status_code >= 400:
+                response.read()
+            _raise_for(response)
+            for event in _events(response.iter_bytes()):
+                if "of" in event:
+                    on_progress(event["done"], event["of"])
+                last = event
+        return last
+
     def is_ready(self) -> bool:
         """Whether a search can be answered now; False also when nothing answers."""
         try:

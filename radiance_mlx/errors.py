@@ -131,6 +131,27 @@ class NonFinite(TrainingFailed):
     code = "non_finite"
 
 
+class Rejected(RadianceError):
+    """The policy refused what was trained: it is kept, and not served."""
+
+    code, status = "rejected", 409
+
+    def __init__(self, message: str, hint: str = "", details: Any = None) -> None:
+        super().__init__(
+            message,
+            hint
+            or "Its parent goes on to answer. Roll back to the checkpoint by name to serve it all the same, or "
+            "post the examples again, changed.",
+            details,
+        )
+
+
+class AnchorsUnavailable(RadianceError):
+    """The anchors cannot be had: no network, no such data set, split or column, a bad file."""
+
+    code, status = "anchors_unavailable", 503
+
+
 class Cancelled(RadianceError):
     code, status = "cancelled", 409
 

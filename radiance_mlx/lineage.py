@@ -15,12 +15,15 @@ import structlog
 from .checkpoints import folder as folders
 from .checkpoints.retention import removable
 from .engine.thread import EngineThread
-from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError
+from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError, Rejected
+from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .messages import BASE, TrainResult
 from .storage import StoreThread
 from .store import CheckpointRecord, write_durably
 
 log = structlog.get_logger(__name__)
+#: what the policy's outcome makes of a checkpoint; it is stable otherwise
+STATUS_OF_OUTCOME = {"risky": "risky", "rejected": "rolled_back"}
 
 
 class Lineage:
@@ -69,6 +72,7 @@ class Lineage:
         for record in await self._store(lambda s: s.checkpoints(self.base_hash)):
             if record.pruned:  # a crash may have come between the row and the folder
                 await asyncio.to_thread(shutil.rmtree, self.folder(record.checkpoint), True)
+        await self._write_curves()  # a crash may have come before them
         stable = await self._store(lambda s: s.stable(self.base_hash))
         for record in await self._store(lambda s: s.lineage(self.base_hash, stable)):
             if await self._sound(record):
@@ -135,6 +139,7 @@ class Lineage:
             "config": result.config,
             "metrics": {k: v for k, v in result.metrics.items() if k != "curves"},
             "notes": list(result.notes),
+            "status": STATUS_OF_OUTCOME.get(result.outcome, "stable"),
         }
         final = self.folder(result.checkpoint)
         # metrics first: a folder that is there is published after a crash, and must not lack them
@@ -158,7 +163,7 @@ class Lineage:
             number=number_of(checkpoint),
             base_hash=self.base_hash,
             parent=facts["parent"],
-            status="stable",
+            status=facts.get("status", "stable"),
             created=created or (folder / folders.CHECKPOINT_FILE).stat().st_mtime,
             jobs=tuple(facts["jobs"]),
             data_hash=facts["data_hash"],
@@ -180,18 +185,41 @@ class Lineage:
     async def publish(self, record: CheckpointRecord) -> None:
         """Give it a slot, record it with its jobs in one transaction, and serve it from now on.
 
+        One that the policy has rejected is recorded, with why, and its parent goes on to serve.
+
         Raises `Cancelled` if the stable checkpoint is not its parent any more: somebody rolled back meanwhile; or
         if one of its jobs is to be cancelled.
         """
         async with self._moving:
             if record.parent != self.stable:
                 raise Cancelled(f"The stable checkpoint moved while {record.checkpoint} trained.")
-            await self._engine.call(lambda engine: engine.warm(record.checkpoint))
             data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
-            await self._store(lambda s: s.publish(record, events=[("published", data)]))
-            self.stable, self.status = record.checkpoint, record.status
-        log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
+            if rejected(record):
+                await self._reject(record, data)
+            else:
+                await self._engine.call(lambda engine: engine.warm(record.checkpoint))
+                await self._store(lambda s: s.publish(record, events=[("published", data)]))
+                self.stable, self.status = record.checkpoint, record.status
+                log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
         await self._prune()
+        await self._write_curves()
+
+    async def _reject(self, record: CheckpointRecord, data: dict[str, Any]) -> None:
+        verdict = record.metrics["evaluation"]["verdict"]
+        error = Rejected(f"The checkpoint was rejected: {verdict['reason']}.", details=verdict).as_dict()
+        events = [("rejected", {**data, "verdict": verdict})]
+        await self._store(lambda s: s.publish(record, job_state="rejected", events=events, error=error))
+        self._changed()
+        log.warning("rejected", checkpoint=record.checkpoint, reason=verdict["reason"])
+
+    async def _write_curves(self) -> None:
+        """`metrics/curves.jsonl`, from the database: one line a checkpoint. A fault is no fault of what was made."""
+        try:
+            records = await self._store(lambda s: s.checkpoints(self.base_hash))
+            lines = "".join(json.dumps(curve_row(record)) + "\n" for record in records)
+            await asyncio.to_thread(write_durably, self._home / "metrics" / "curves.jsonl", lines.encode())
+        except (RadianceError, OSError) as error:
+            log.error("the curves could not be written", error=str(error))
 
     async def _prune(self) -> None:
         """A fault here is no fault of what was published."""
@@ -256,6 +284,25 @@ class Lineage:
             await self._store(lambda s: s.mark_damaged(record.checkpoint, None))
             self._changed()
             log.info("a checkpoint is sound again", checkpoint=record.checkpoint)
+
+
+def rejected(record: CheckpointRecord) -> bool:
+    """Whether the policy refused it: it has never been served."""
+    verdict = (record.metrics.get("evaluation") or {}).get("verdict") or {}
+    return bool(verdict.get("outcome") == "rejected")
+
+
+def curve_row(record: CheckpointRecord) -> dict[str, Any]:
+    """A checkpoint's line in `metrics/curves.jsonl`."""
+    measured = {name: record.metrics.get(name) for name in ("finetune_loss", "eval_loss", *NAMES, *UPDATE_NAMES)}
+    return {
+        "checkpoint": record.checkpoint,
+        "parent": record.parent,
+        "created": record.created,
+        "status": record.status,
+        **measured,
+        "seconds": record.metrics.get("seconds"),
+    }
 
 
 def damaged(checkpoint: str, why: str) -> CheckpointDamaged:

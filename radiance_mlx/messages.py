@@ -24,6 +24,8 @@ JobState = Literal[
 ]
 FINAL_STATES: frozenset[str] = frozenset({"published", "rejected", "failed", "cancelled", "quarantined"})
 CheckpointStatus = Literal["candidate", "stable", "risky", "rolled_back"]
+#: what the policy made of a trained batch; "unknown": nothing was measured, "logged": over the threshold, mode off
+Outcome = Literal["pass", "unknown", "logged", "risky", "rejected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,7 @@ class TrainResult:
     notes: tuple[str, ...]
     data_hash: str
     jobs: tuple[str, ...]
+    outcome: Outcome = "pass"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import structlog
 from .config import Config
 from .engine.thread import EngineThread
 from .errors import Cancelled, CheckpointDamaged, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
+from .evaluator import Evaluator
 from .lineage import Lineage, number_of
 from .messages import Example, Progress, TrainBatch
 from .storage import StoreThread
@@ -54,10 +55,11 @@ class Scheduler:
         store: StoreThread,
         engine: EngineThread,
         lineage: Lineage,
+        evaluator: Evaluator,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config, self._home, self._clock = config, home, clock
-        self._store, self._engine, self._lineage = store, engine, lineage
+        self._store, self._engine, self._lineage, self._evaluator = store, engine, lineage, evaluator
         self._wake = asyncio.Event()
         self._alone: set[str] = set()  # jobs that failed in company
         self._due: set[str] = set()  # jobs whose batch was given up through no fault of theirs
@@ -174,7 +176,8 @@ class Scheduler:
         try:
             batch = await self._batch(running)
             log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(batch.examples))
-            result = await self._engine.train(batch, self._report, running.cancelled)
+            plan = await self._evaluator.plan(await self._line(), self._examples)
+            result = await self._engine.train(batch, self._report, running.cancelled, plan)
             record = await self._lineage.commit(result)
             if result.notes:
                 await self._store(lambda s: s.add_notes(jobs, result.notes))
@@ -210,6 +213,10 @@ class Scheduler:
             number=number_of(running.checkpoint),
             lineage=self._config.lineage,
         )
+
+    async def _line(self) -> list[CheckpointRecord]:
+        """The stable checkpoint and what led to it, newest first."""
+        return await self._store(lambda s: s.lineage(self._lineage.base_hash, self._lineage.stable))
 
     async def _publish(self, record: CheckpointRecord) -> None:
         await self._lineage.publish(record)

@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
 from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
-from .lineage import Lineage, damaged
+from .evaluation.metrics import NAMES, UPDATE_NAMES
+from .evaluator import Evaluator, subject_of
+from .lineage import Lineage, damaged, rejected
 from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
 from .scheduler import Scheduler
 from .storage import StoreThread
@@ -46,6 +49,7 @@ class Service:
         self._engine: EngineThread | None = None
         self._lineage: Lineage | None = None
         self._scheduler: Scheduler | None = None
+        self._evaluator: Evaluator | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self.facts: EngineFacts | None = None
@@ -73,7 +77,8 @@ class Service:
         self.facts = await self._engine.start()
         lineage = Lineage(store, self._engine, self.home, self.facts.base_hash, self.config.storage.keep_checkpoints)
         await lineage.open()
-        self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage, self._clock)
+        self._evaluator = Evaluator(self.config, self.home, self._engine, self.facts.base_hash)
+        self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage, self._evaluator, self._clock)
         self._lineage = lineage
         self._task = asyncio.create_task(self._scheduler.run(), name="scheduler")
         self._task.add_done_callback(self._scheduler_ended)
@@ -236,6 +241,33 @@ class Service:
             scheduler.restart_batch()
         return previous
 
+    # --- evaluation ------------------------------------------------------------------------------
+
+    async def evaluate(
+        self,
+        checkpoints: Sequence[str] | None,
+        against: str | None,
+        anchors: Mapping[str, Any],
+        report: Callable[[int, int], None] = lambda done, of: None,
+    ) -> dict[str, Any]:
+        """Measure checkpoints (None: every one that can be served) on the configured anchors, or as `anchors` says.
+
+        Raises `NotFound`, `CheckpointDamaged`, `Conflict`, `AnchorsUnavailable`.
+        """
+        _, _, lineage, _ = self._require()
+        assert self._evaluator is not None
+        if checkpoints is None:
+            usable = [r for r in await self.checkpoints() if not r.pruned and r.damaged is None]
+            checkpoints = [r.checkpoint for r in usable]
+        for name in (*checkpoints, *([against] if against else [])):
+            if name not in (BASE, STABLE):
+                self._require_servable(await lineage.record(name), lineage)
+        named = [lineage.current if name == STABLE else name for name in checkpoints]
+        beside = lineage.current if against == STABLE else against
+        subjects = [subject_of(self.home, name, beside, lineage.base_hash) for name in named]
+        settings = replace(self._evaluator.anchors, **anchors)
+        return await self._evaluator.evaluate(subjects, settings, report)
+
     # --- info ------------------------------------------------------------------------------------
 
     async def info(self) -> dict[str, Any]:
@@ -247,7 +279,7 @@ class Service:
         counts = await store(lambda s: s.count_jobs())
         running = scheduler.running
         waiting = sum(counts.get(state, 0) for state in ("review", "queued", "paused", "training", "evaluating"))
-        published = [r for r in records if r.status != "candidate"]
+        published = [r for r in records if r.status != "candidate" and not rejected(r)]
         return {
             "base_model": facts.base_model,
             "current_checkpoint": lineage.current,
@@ -255,10 +287,10 @@ class Service:
             "last_update": iso(published[-1].created) if published else None,
             "loss_curves": {
                 "finetune_loss": [r.metrics.get("finetune_loss") for r in published],
-                "forgetting_loss": None,
+                "forgetting_loss": [r.metrics.get("forgetting_loss") for r in published] if self._measures else None,
                 "eval_loss": [r.metrics.get("eval_loss") for r in published],
             },
-            "forgetting_summary": None,
+            "forgetting_summary": self._forgetting(records, lineage.stable) if self._measures else None,
             "hardware": {
                 "device": facts.device,
                 "backend": facts.backend,
@@ -286,18 +318,29 @@ class Service:
                 *([scheduler.trouble] if scheduler.trouble else []),
                 *facts.warnings,
                 *lineage.warnings,
-                *self._config_warnings(),
+                *(self._evaluator.warnings if self._evaluator else []),
             ],
             "config": self.config.model_dump(mode="json", exclude={"server": {"token"}}),
         }
 
-    def _config_warnings(self) -> list[str]:
-        evaluation, warnings = self.config.evaluation, []
-        if evaluation.anchor_provider not in (None, "none"):
-            warnings.append("evaluation.anchor_provider: anchors are not measured by this version; forgetting is null")
-        if evaluation.rollback_mode != "off":
-            warnings.append("evaluation.rollback_mode: this version does not roll back by itself; it has no effect")
-        return warnings
+    @property
+    def _measures(self) -> bool:
+        return self._evaluator is not None and self._evaluator.enabled
+
+    @staticmethod
+    def _forgetting(records: Sequence[CheckpointRecord], stable: str | None) -> dict[str, Any] | None:
+        """What the checkpoint that answers has forgotten; None if that was not measured."""
+        if stable is None:  # the base, by definition
+            return {"anchor_ce_delta": 0.0, "retention_score": 1.0}
+        metrics = next((r.metrics for r in records if r.checkpoint == stable), {})
+        if metrics.get("retention_score") is None:
+            return None
+        first = ("anchor_ce_delta", "retention_score")
+        return {
+            **{name: metrics.get(name) for name in (*first, *(n for n in (*NAMES, *UPDATE_NAMES) if n not in first))},
+            "intervals": metrics.get("intervals"),
+            "anchors": metrics["evaluation"]["anchors"],
+        }
 
 
 def iso(seconds: float) -> str:

@@ -14,8 +14,8 @@ LAYERS = (
     ("errors", "messages", "config", ""),
     ("models", "store", "lora", "evaluation", "checkpoints", "storage", "triggers", "curation", "client"),
     ("engine",),
-    ("lineage", "scheduler"),
-    ("service",),
+    ("lineage", "evaluator", "scheduler"),
+    ("service", "offline"),
     ("api", "dashboard"),
     ("cli", "__main__"),
 )
@@ -27,7 +27,7 @@ BESIDE = {
     "checkpoints": {"store"},
     "storage": {"store"},
     "evaluation": {"lora"},
-    "scheduler": {"lineage"},
+    "scheduler": {"lineage", "evaluator"},
     "__main__": {"cli"},
 }
 #: who alone may import a library, wherever in the module

@@ -115,7 +115,8 @@ def test_info_has_one_number_per_published_checkpoint(taught):
     assert [len(curves["finetune_loss"]), len(curves["eval_loss"])] == [2, 2]
     assert info["current_checkpoint"] == taught.second
     assert info["queue_depth"] == 0
-    assert (info["forgetting_summary"], curves["forgetting_loss"]) == (None, None)
+    assert len(curves["forgetting_loss"]) == 2  # on nano's own anchors
+    assert 0 < info["forgetting_summary"]["retention_score"] < 1
     assert info["jobs"]["published"] == 2
     assert info["warnings"] == []
 

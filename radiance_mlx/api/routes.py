@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -16,7 +17,7 @@ from ..service import Service
 from . import schemas
 from .bodies import parse, parse_update, read_body
 from .responses import answer_body, checkpoint_body, job_body
-from .sse import streamed
+from .sse import streamed, streamed_work
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -138,6 +139,35 @@ async def rollback(request: Request) -> Response:
     return JSONResponse({"checkpoint": current, "checkpoint_status": status, "previous": previous})
 
 
+async def evaluate(request: Request) -> Response:
+    """Measure checkpoints on anchors; with `stream: true` events tell how many are done."""
+    service = service_of(request)
+    body = parse(schemas.EvalRequest, await read_body(request, service.config.server))
+    anchors = _anchors_of(body)
+
+    def measure(report: Callable[[int, int], None]) -> Awaitable[dict[str, Any]]:
+        return service.evaluate(body.checkpoints, body.against, anchors, report)
+
+    if body.stream:
+        return streamed_work(measure, lambda: serving(service))
+    found = await _unless_client_leaves(request, measure(lambda done, of: None))
+    return JSONResponse({**found, **serving(service)})
+
+
+def _anchors_of(body: schemas.EvalRequest) -> dict[str, Any]:
+    """What the request asks for in other words than the configuration."""
+    given = {
+        "provider": body.anchor_provider or ("hf" if body.anchor_dataset else None),
+        "dataset": body.anchor_dataset,
+        "split": body.anchor_split,
+        "sample": body.anchor_sample,
+        "columns": tuple(body.anchor_columns) if body.anchor_columns is not None else None,
+    }
+    if body.anchor_dataset and Path(body.anchor_dataset).exists():
+        raise InvalidRequest(f"{body.anchor_dataset} is a path of this machine.", "Name a data set of the hub.")
+    return {name: value for name, value in given.items() if value is not None}
+
+
 async def healthz(request: Request) -> Response:
     """The process answers."""
     return JSONResponse({"status": "ok"})
@@ -211,6 +241,14 @@ TABLE = (
         rollback,
         schemas.RollbackAnswer,
         body=schemas.RollbackRequest,
+        errors=(400, 404, 408, 409, 413, 415, 422, 503),
+    ),
+    RouteFacts(
+        "POST",
+        "/eval",
+        evaluate,
+        schemas.EvalAnswer,
+        body=schemas.EvalRequest,
         errors=(400, 404, 408, 409, 413, 415, 422, 503),
     ),
     RouteFacts("GET", "/healthz", healthz, schemas.Health),

@@ -179,6 +179,45 @@ class RollbackAnswer(BaseModel):
     previous: str
 
 
+class EvalRequest(Body):
+    """Checkpoints to measure (null: all), beside their own parents or `against` one; other anchors than configured.
+
+    A data set is named as on the hub: no path comes in over HTTP.
+    """
+
+    checkpoints: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
+    against: str | None = None
+    anchor_provider: Literal["hf", "local"] | None = None
+    anchor_dataset: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")] | None = None
+    anchor_split: Annotated[str, Field(min_length=1, max_length=200)] | None = None
+    anchor_sample: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    anchor_columns: Annotated[list[str], Field(max_length=8)] | None = None
+    stream: bool = False
+
+
+class EvalResult(BaseModel):
+    """Means over tokens, in nats; `intervals` holds [low, high] (95%) for each."""
+
+    model_config = ConfigDict(extra="allow")
+
+    checkpoint: str
+    against: str
+    forgetting_loss: float
+    forgetting_kl: float
+    anchor_ce_delta: float
+    base_agreement: float
+    retention_score: float
+    drift_loss: float | None
+    drift_kl: float | None
+    forgetting_loss_delta: float | None
+    intervals: dict[str, list[float]]
+
+
+class EvalAnswer(Serving):
+    anchors: dict[str, Any]
+    results: list[EvalResult]
+
+
 class ErrorInfo(BaseModel):
     code: str
     message: str
@@ -271,6 +310,10 @@ class LossCurves(BaseModel):
 
 
 class ForgettingSummary(BaseModel):
+    """Of the checkpoint that answers now."""
+
+    model_config = ConfigDict(extra="allow")
+
     anchor_ce_delta: float
     retention_score: float
 

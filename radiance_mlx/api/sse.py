@@ -1,8 +1,9 @@
 """A streamed answer as server-sent events: `data: {"text": …}`, the whole answer, `data: [DONE]`."""
 
+import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -30,6 +31,30 @@ async def _events(first: TextDelta | Answer, rest: Pieces, started: float) -> As
                     yield event
     except RadianceError as error:
         yield _data({"error": error.as_dict()})
+    yield {"data": "[DONE]"}
+
+
+def streamed_work(
+    work: Callable[[Callable[[int, int], None]], Awaitable[dict[str, Any]]], serving: Callable[[], dict[str, str]]
+) -> EventSourceResponse:
+    """Events `{"done": n, "of": m}` while `work` goes on, then what it gives; leaving ends it."""
+    return EventSourceResponse(_work_events(work, serving), ping=15)
+
+
+async def _work_events(
+    work: Callable[[Callable[[int, int], None]], Awaitable[dict[str, Any]]], serving: Callable[[], dict[str, str]]
+) -> AsyncIterator[dict[str, str]]:
+    told: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    task = asyncio.ensure_future(work(lambda done, of: told.put_nowait({"done": done, "of": of})))
+    task.add_done_callback(lambda _: told.put_nowait(None))
+    try:
+        while (event := await told.get()) is not None:
+            yield _data(event)
+        yield _data({**task.result(), **serving()})
+    except RadianceError as error:
+        yield _data({"error": error.as_dict()})
+    finally:
+        task.cancel()
     yield {"data": "[DONE]"}
 
 

@@ -77,3 +77,17 @@ def _bar(console: "Console") -> "Progress":
         console=console,
         refresh_per_second=8,
     )
+
+
+def counting_bar(console: "Console") -> "Progress":
+    """A bar for things that are done one after another; not started yet."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}", style="bold", markup=False),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )

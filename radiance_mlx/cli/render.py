@@ -277,3 +277,45 @@ def info_view(info: dict[str, Any]) -> RenderableType:
         rows.append(("forgetting", f"retention {retention}, anchors' cross-entropy {delta} above the base"))
     rows += [("warning", Text(printable(w), style="yellow")) for w in info.get("warnings") or []]
     return _facts(rows)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------
+
+_EVAL_COLUMNS = (
+    ("retention", "retention_score", "exp(-KL) from the base; 1: nothing forgotten"),
+    ("forgetting", "forgetting_kl", "KL(base ‖ this)"),
+    ("step", "forgetting_loss_delta", "how much of that came since"),
+    ("drift", "drift_kl", "KL(that one ‖ this)"),
+    ("CE delta", "anchor_ce_delta", "anchors' own tokens, above the base"),
+    ("agreement", "base_agreement", "share of tokens where the base would say the same"),
+)
+
+
+def eval_view(results: list[dict[str, Any]]) -> RenderableType:
+    """One checkpoint with its 95% intervals, or a line of means for each of several; nats a token."""
+    if len(results) == 1:
+        return _eval_facts(results[0])
+    table = _table("checkpoint", "against", *(f"{title}>" for title, _, _ in _EVAL_COLUMNS))
+    for result in results:
+        values = [number(result.get(name)) for _, name, _ in _EVAL_COLUMNS]
+        table.add_row(printable(str(result.get("checkpoint"))), str(result.get("against")), *values)
+    return table
+
+
+def _eval_facts(result: dict[str, Any]) -> RenderableType:
+    intervals = result.get("intervals") or {}
+    rows = [("checkpoint", str(result.get("checkpoint"))), ("against", str(result.get("against")))]
+    for title, name, meaning in _EVAL_COLUMNS:
+        low, high = intervals.get(name) or (None, None)
+        words = f"{number(result.get(name))}  ({number(low)} to {number(high)})  {meaning}"
+        rows.append((title, words))
+    return _facts(rows)
+
+
+def anchors_words(anchors: dict[str, Any]) -> str:
+    """Which anchors, in a line."""
+    skipped = f", {anchors['skipped']} skipped" if anchors.get("skipped") else ""
+    count = f"{anchors.get('documents')} anchors, {anchors.get('tokens')} tokens{skipped}"
+    return (
+        f"{count} from {anchors.get('source')} in {number(anchors.get('seconds'), 1)} s · nats a token, 95% intervals"
+    )

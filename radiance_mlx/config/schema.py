@@ -117,14 +117,26 @@ class BatchSection(Section):
 
 
 class EvaluationSection(Section):
-    """Anchors and the rollback policy. This version only accepts the keys: it measures no anchors."""
+    """Anchors, what is measured on them, and what a bad figure leads to.
+
+    Unset, `anchor_provider` is the base's own anchors if its folder brings some (nano's does), else none.
+    """
 
     anchor_provider: Annotated[Literal["hf", "local", "none"] | None, BeforeValidator(_none_is_a_word)] = None
     anchor_dataset: str = "tnn1t1s/news-100-sept-2023"
     anchor_split: str = "train"
     anchor_sample: Positive = 1000
+    anchor_columns: list[str] = []
+    anchor_max_tokens: Annotated[int, Field(ge=8)] = 128
+    anchor_seed: NotNegative = 0
+    require_anchors: bool = False
     rollback_mode: Annotated[Literal["off", "warn", "auto_rollback"], BeforeValidator(_off_is_a_word)] = "off"
     catastrophic_delta: float = 0.25
+    metric: Literal["forgetting_loss_delta", "forgetting_kl", "drift_kl", "anchor_ce_delta"] = "forgetting_loss_delta"
+    confidence: Literal["mean", "lower_bound"] = "mean"
+    scale_first: bool = False
+    update_sample: NotNegative = 8
+    update_window: NotNegative = 8
 
 
 class ServerSection(Section):

@@ -21,6 +21,8 @@ import mlx.core as mx
 from ..checkpoints import folder as folders
 from ..config import Config
 from ..errors import Conflict, InternalError, NotFound, RadianceError
+from ..evaluation.anchors import AnchorSet
+from ..evaluation.plan import Plan, Subject
 from ..lora import files
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
@@ -28,6 +30,7 @@ from ..lora.head import install_head
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
 from .decoder import Decoder, Sink
+from .measuring import Measurements, MeasuringTask
 from .model import load_base
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
@@ -63,8 +66,8 @@ class Engine:
             batched=batched,
         )
         self._planner = Planner(config.training.share)
-        self._task: TrainingTask | None = None
-        self._done: Done | None = None
+        self._task: TrainingTask | MeasuringTask | None = None
+        self._done: Callable[[Any], None] | None = None
         self._trained: tuple[str, int, Callable[[], AdapterWeights]] | None = None
         self.facts = self._describe(batched, time.perf_counter() - started)
 
@@ -128,14 +131,21 @@ class Engine:
     def live(self) -> tuple[str, int, Callable[[], AdapterWeights]] | None:
         """(coming id, step, weights) of the batch in training, or of the one that waits to be published."""
         task = self._task
-        return self._trained if task is None or not task.alive else (task.batch.checkpoint, task.step, task.live)
+        if not isinstance(task, TrainingTask) or not task.alive:
+            return self._trained
+        return task.batch.checkpoint, task.step, task.live
 
     # --- training --------------------------------------------------------------------------------
 
     def train(
-        self, batch: TrainBatch, report: Callable[[Progress], None], cancelled: threading.Event, done: Done
+        self,
+        batch: TrainBatch,
+        report: Callable[[Progress], None],
+        cancelled: threading.Event,
+        done: Done,
+        plan: Plan | None = None,
     ) -> None:
-        """Begin to train `batch` in the background; `done` gets the result or the error."""
+        """Begin to train `batch` in the background; `done` gets the result or the error. Measures what `plan` says."""
         if self._task is not None:
             done(Conflict("A batch is in training already."))
             return
@@ -153,25 +163,44 @@ class Engine:
                 backend=self._backend.name,
                 report=report,
                 cancelled=cancelled,
+                plan=plan,
             )
         except RadianceError as error:
             done(error)
             return
         self._done = done
 
-    def _finish(self, outcome: TrainResult | RadianceError) -> None:
+    def measure(
+        self,
+        anchors: AnchorSet,
+        subjects: tuple[Subject, ...],
+        report: Callable[[int, int], None],
+        cancelled: threading.Event,
+        done: Callable[[Measurements | RadianceError], None],
+    ) -> None:
+        """Begin to measure adapters in the background; `done` gets the results or the error."""
+        if self._task is not None:
+            done(Conflict("Something is trained or measured already."))
+            return
+        self._task = MeasuringTask(self._base, self._targets, self._home, anchors, subjects, report, cancelled)
+        self._done = done
+
+    def _finish(self, outcome: TrainResult | Measurements | RadianceError) -> None:
         task, done = self._task, self._done
         self._task = self._done = None
-        if task is not None:
-            task.close(forget_state=isinstance(outcome, RadianceError))
-            if isinstance(outcome, TrainResult):
-                weights = task.live()
-                self._trained = (task.batch.checkpoint, task.step, lambda: weights)
-            else:
-                self._decoder.forget_live(task.batch.checkpoint)
+        if isinstance(task, TrainingTask):
+            self._finish_training(task, outcome)
         mx.clear_cache()
         if done is not None:
             done(outcome)
+
+    def _finish_training(self, task: TrainingTask, outcome: Any) -> None:
+        task.close(forget_state=isinstance(outcome, RadianceError))
+        if isinstance(outcome, TrainResult):
+            weights = task.live()
+            self._trained = (task.batch.checkpoint, task.step, lambda: weights)
+        else:
+            self._decoder.forget_live(task.batch.checkpoint)
 
     def settle(self) -> None:
         """The trained batch has been published or given up: its live weights answer no more."""
@@ -206,24 +235,24 @@ class Engine:
                 self._finish(InternalError.of(error))
 
     def _background(self) -> None:
-        task = self._task
+        task, seconds = self._task, self._config.training.slice_ms / 1000
         assert task is not None
-        before = task.step
+        before = task.step if isinstance(task, TrainingTask) else 0
         try:
-            result = task.slice(self._config.training.slice_ms / 1000)
+            result = task.slice(seconds)
         except RadianceError as error:
             self._finish(error)
             return
         if result is not None:
             self._finish(result)
-        elif task.step != before:
+        elif isinstance(task, TrainingTask) and task.step != before:
             self._decoder.refresh_live()
 
     def stop(self) -> None:
         """Keep the state of the batch in training, end all requests."""
         self._decoder.drain()
-        if self._task is not None:
+        if isinstance(self._task, TrainingTask):
             if self._config.training.slice_ms > 0:
                 self._task.keep_state(wait=True)
             self._task.close(forget_state=False)
-            self._task = self._done = None
+        self._task = self._done = None

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
+from ..evaluation.metrics import nothing_measured
 from ..lora.trainer import Trainer
 from ..messages import TrainBatch
 
@@ -30,7 +31,7 @@ def training_metrics(
         "parent": batch.parent,
         "finetune_loss": final_loss,
         "eval_loss": final_loss,
-        "forgetting_loss": None,
+        **nothing_measured(),
         "first_loss": steps[0]["loss"] if steps else None,
         "last_step_loss": steps[-1]["loss"] if steps else None,
         "examples": len(batch.examples),

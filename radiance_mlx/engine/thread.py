@@ -13,17 +13,21 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import Config
 from ..errors import InternalError, NotReady, RadianceError
 from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
 
 if TYPE_CHECKING:
+    from ..evaluation.anchors import AnchorSet
+    from ..evaluation.plan import Plan, Subject
     from ..lora.encoding import ChatEncoder
     from .core import Engine
+    from .measuring import Measurements
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 #: without a sign of life for so long, the engine does not count as working
 STALL_S = 60.0
 #: characters; what is shorter takes the engine's thread a few milliseconds to encode
@@ -47,6 +51,7 @@ class EngineThread:
         self._numbers = 0
         self._encoder: ChatEncoder | None = None
         self._encoding = asyncio.Lock()
+        self._in_background = asyncio.Lock()
         self._context = 0
         #: numbers for `/info`, as of the engine's last steps; asking the engine would mean to wait for it
         self.status: dict[str, Any] = {}
@@ -120,9 +125,15 @@ class EngineThread:
         too_long = self._encoder.at_least(request.messages) >= self._context  # the engine refuses it unencoded
         if too_long or sum(len(content) for _, content in request.messages) < LONG_PROMPT:
             return request
-        async with self._encoding:
-            tokens = await asyncio.to_thread(self._encoder.prompt, request.messages)
+        tokens = await self.encode(lambda encoder: encoder.prompt(request.messages))
         return replace(request, prompt=tuple(tokens))
+
+    async def encode(self, work: "Callable[[ChatEncoder], T]") -> T:
+        """Run `work` with the base's encoder on a thread of its own, one after another."""
+        self._require()
+        assert self._encoder is not None
+        async with self._encoding:
+            return await asyncio.to_thread(work, self._encoder)
 
     async def answer(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""
@@ -136,13 +147,16 @@ class EngineThread:
         raise NotReady("The engine gave no answer.")
 
     async def train(
-        self, batch: TrainBatch, report: Callable[[Progress], None], cancelled: threading.Event
+        self,
+        batch: TrainBatch,
+        report: Callable[[Progress], None],
+        cancelled: threading.Event,
+        plan: "Plan | None" = None,
     ) -> TrainResult:
-        """Train `batch` to its end. Raises `RadianceError`; `NotReady` if the service stops meanwhile."""
-        self._require()
-        reply: asyncio.Future[TrainResult] = self._loop.create_future()
-        self._pending.add(reply)
-        reply.add_done_callback(self._pending.discard)
+        """Train `batch` to its end, measuring what `plan` says.
+
+        Raises `RadianceError`; `NotReady` if the service stops meanwhile.
+        """
 
         def tell(progress: Progress) -> None:
             self._send(report, progress)
@@ -151,12 +165,48 @@ class EngineThread:
             if self._stopping.is_set() and self._config.training.slice_ms == 0:
                 raise NotReady("The service is stopping.")  # mlx-lm's loop would go on to its last step
 
-        def done(outcome: TrainResult | RadianceError) -> None:
-            failed = isinstance(outcome, RadianceError)
-            self._send(_resolve, reply, None if failed else outcome, outcome if failed else None)
+        return await self._background(lambda engine, done: engine.train(batch, tell, cancelled, done, plan), cancelled)
 
-        self._post(lambda engine: engine.train(batch, tell, cancelled, done), done)
-        return await reply
+    async def measure(
+        self,
+        anchors: "AnchorSet",
+        subjects: "tuple[Subject, ...]",
+        report: Callable[[int, int], None],
+        cancelled: threading.Event,
+    ) -> "Measurements":
+        """Measure adapters on anchors, after what is trained or measured now. Raises `RadianceError`.
+
+        Cancelling the awaiting task ends it.
+        """
+
+        def tell(finished: int, of: int) -> None:
+            self._send(report, finished, of)
+
+        return await self._background(
+            lambda engine, done: engine.measure(anchors, subjects, tell, cancelled, done), cancelled
+        )
+
+    async def _background(
+        self, begin: "Callable[[Engine, Callable[[Any], None]], None]", cancelled: threading.Event
+    ) -> Any:
+        """One at a time: `begin` is handed the engine and who hears of the end."""
+        async with self._in_background:
+            self._require()
+            reply: asyncio.Future[Any] = self._loop.create_future()
+            self._pending.add(reply)
+            reply.add_done_callback(self._pending.discard)
+
+            def done(outcome: Any) -> None:
+                failed = isinstance(outcome, RadianceError)
+                self._send(_resolve, reply, None if failed else outcome, outcome if failed else None)
+
+            self._post(lambda engine: begin(engine, done), done)
+            try:
+                return await asyncio.shield(reply)
+            except asyncio.CancelledError:  # the engine must be free before the next one has its turn
+                cancelled.set()
+                await asyncio.wait({reply})
+                raise
 
     def _post(self, task: "Callable[[Engine], None]", refused: Callable[[RadianceError], None]) -> None:
         """Have `task` run on the engine's thread; `refused` hears what it raises, a bug without its text."""

@@ -21,18 +21,21 @@ import mlx.core as mx
 from ..checkpoints.folder import replace_folder, unfinished
 from ..config import Config
 from ..errors import Cancelled, CheckpointDamaged, ModelError, RadianceError, TrainingFailed
+from ..evaluation.plan import Plan
 from ..lora import files, memory
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder, Encoded
-from ..lora.head import install_head
+from ..lora.head import TargetRows, install_head
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.tree import make_tree
 from ..lora.whole import run_whole
 from ..messages import Progress, TrainBatch, TrainResult
+from .evaluating import UpdateEvaluation
 from .metrics import training_metrics
 from .model import BaseModel
+from .slices import Slices
 
 Report = Callable[[Progress], None]
 
@@ -55,6 +58,7 @@ class TrainingTask:
         backend: str,
         report: Report,
         cancelled: threading.Event,
+        plan: Plan | None = None,
     ) -> None:
         self.batch = batch
         self._base, self._config, self._home, self._report = base, config, home, report
@@ -72,9 +76,11 @@ class TrainingTask:
         self._keeping: Future[None] | None = None
         self._files = ThreadPoolExecutor(1, thread_name_prefix="radiance-files")
         self._final: list[float] = []
+        self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings.max_seq_length)
+        self._head: TargetRows | None = None
+        self._known_before: list[float] | None = None
         self._phase: Any = "training"
-        self._pieces = self._all_pieces()
-        self._s_per_piece = 0.02  # few at a time until some have been timed
+        self._slices = Slices(self._all_pieces(), self._check)
 
     # --- preparation -----------------------------------------------------------------------------
 
@@ -129,8 +135,8 @@ class TrainingTask:
             grad_checkpoint=self._settings.grad_checkpoint,
             plain=whole,
         )
-        head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
-        trainer = Trainer(tree, head, self._examples, self._settings, self.batch.number, self._after_step)
+        self._head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
+        trainer = Trainer(tree, self._head, self._examples, self._settings, self.batch.number, self._after_step)
         fitted = trainer.args
         if fitted.grad_accumulation_steps < self._settings.grad_accum:
             self._notes.append(
@@ -182,6 +188,7 @@ class TrainingTask:
                 return False
             weights = files.load_arrays(folder / files.ADAPTER_FILE)
             trainer.resume(weights, files.load_arrays(folder / files.OPTIMIZER_FILE), progress)
+            self._known_before = list(progress.get("loss_before", []))
         except (OSError, ValueError, KeyError, CheckpointDamaged, TrainingFailed, ModelError):
             return False
         self._notes.append(f"taken up again at step {trainer.step} after an interruption")
@@ -201,7 +208,8 @@ class TrainingTask:
         written = unfinished(parent, self.batch.checkpoint)
         files.save_arrays(written / files.ADAPTER_FILE, weights)
         files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
-        document = {**progress, "identity": self._identity()}
+        before = self._evaluation.loss_before if self._evaluation else []
+        document = {**progress, "identity": self._identity(), "loss_before": before}
         (written / files.PROGRESS_FILE).write_text(json.dumps(document), encoding="utf-8")
         self._keeping = self._files.submit(replace_folder, written, self._state_folder)
         self._kept_at = time.monotonic()
@@ -226,36 +234,16 @@ class TrainingTask:
 
     def slice(self, seconds: float) -> TrainResult | None:
         """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
-        ends = time.perf_counter() + seconds
-        while True:
-            if self._cancelled.is_set():
-                raise Cancelled("The job was cancelled.")
-            started = time.perf_counter()
-            wanted = max(1, int((ends - started) / self._s_per_piece))
-            group, finished = self._take(wanted)
-            mx.eval([piece.arrays for piece in group])
-            now = time.perf_counter()
-            if any(piece.arrays for piece in group):
-                # the time of the maker's own work (building the graph) is in it: small groups are safe
-                self._s_per_piece += 0.3 * ((now - started) / len(group) - self._s_per_piece)
-            if finished:
-                return self._result()
-            if now + self._s_per_piece > ends:
-                return None
+        return self._result() if self._slices.run(seconds) else None
 
-    def _take(self, wanted: int) -> tuple[list[Piece], bool]:
-        group: list[Piece] = []
-        while len(group) < wanted:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return group, True
-            group.append(piece)
-            if piece.barrier:
-                break
-        return group, False
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("The job was cancelled.")
 
     def _all_pieces(self) -> Iterator[Piece]:
         yield from self._preparation()
+        if self._evaluation:
+            yield from self._evaluation.before(self._trainer, self._examples, self._known_before)
         if self._config.training.slice_ms == 0:
             yield from run_whole(self._trainer, self._after_step)
         else:
@@ -263,10 +251,19 @@ class TrainingTask:
         self._phase = "evaluating"
         self._report(self._progress())
         yield from self._trainer.evaluate_all(self._final)
+        if self._evaluation:
+            yield from self._evaluate(self._evaluation)
+
+    def _evaluate(self, evaluation: UpdateEvaluation) -> Iterator[Piece]:
+        yield from evaluation.after(self._trainer, self._head, self.batch.checkpoint, self.batch.parent)
+        if evaluation.plan.unavailable:
+            self._notes.append(f"anchors were not measured: {evaluation.plan.unavailable}")
+        if evaluation.scale != 1.0:
+            self._notes.append(f"published at {evaluation.scale:.3g} of its strength: {evaluation.verdict.reason}")
+            yield from self._trainer.evaluate_all(self._final)
 
     def _after_step(self, trainer: Trainer) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled("The job was cancelled.")
+        self._check()
         self._report(self._progress())
         due = time.monotonic() - self._kept_at >= self._settings.save_every_s
         if due and self._config.training.slice_ms > 0 and trainer.step < self._settings.max_steps:
@@ -307,8 +304,10 @@ class TrainingTask:
             parent=self.batch.parent,
             written=str(written),
             metrics=training_metrics(
-                self._trainer, self.batch, self._final[0], used, self._backend, time.time() - self._started
-            ),
+                self._trainer, self.batch, self._final[-1], used, self._backend, time.time() - self._started
+            )
+            | ({**self._evaluation.metrics, "evaluation": self._evaluation.facts()} if self._evaluation else {}),
+            outcome=self._evaluation.verdict.outcome if self._evaluation else "pass",
             config=used,
             notes=tuple(self._notes),
             data_hash=self.batch.data_hash,

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..messages import Outcome
+
 Mode = Literal["off", "warn", "auto_rollback"]
 Confidence = Literal["mean", "lower_bound"]
-Outcome = Literal["pass", "unknown", "logged", "risky", "rejected"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..errors import ModelError
 from .bank import AdapterWeights
-from .targets import Targets, layer_paths
+from .targets import LINEAR, Targets, input_dims, layer_paths
 
 
 class Tape:
@@ -141,6 +141,39 @@ def make_tree(
     module.train()
     mx.eval(module.trainable_parameters())
     return TrainingTree(module, tape, targets)
+
+
+def adapter_tree(base: nn.Module, adapter: AdapterWeights) -> TrainingTree:
+    """A tree on `base`'s arrays with `adapter` in place, to be measured, not trained.
+
+    Raises `ModelError` for a module that the base has not, or whose shape is another.
+    """
+    module = copy.deepcopy(base)
+    module.freeze()
+    modules, tape, layers = dict(module.named_modules()), Tape(), []
+    for path, (a, b) in adapter.weights.items():
+        linear = modules.get(path)
+        if not isinstance(linear, LINEAR) or (a.shape[0], b.shape[1]) != (input_dims(linear), linear.weight.shape[0]):
+            raise ModelError(f"The adapter does not fit this model at {path}.", "It was made for another base model.")
+        layer = LoRALinear.from_base(linear, r=a.shape[1], scale=adapter.scale)
+        layer.lora_a, layer.lora_b = a, b
+        layer.__class__ = TapedLoRALinear
+        layer._tape, layer._path, layer._rate = tape, path, 0.0
+        layers.append((path, layer))
+    module.update_modules(tree_unflatten(layers))
+    return TrainingTree(module, tape, Targets(tuple(adapter.weights), (), 0))
+
+
+def idle_adapter(base: nn.Module, targets: Targets) -> AdapterWeights:
+    """An adapter of rank 1 that changes nothing: the base, with places where a pass may be cut."""
+    modules = dict(base.named_modules())
+    return AdapterWeights(
+        {
+            path: (mx.zeros((input_dims(modules[path]), 1)), mx.zeros((1, modules[path].weight.shape[0])))
+            for path in targets.paths
+        },
+        1.0,
+    )
 
 
 def _checkpoint_layers(module: nn.Module, tape: Tape) -> None:

@@ -189,18 +189,19 @@ def set_state(
 ) -> None:
     sources = {source for source, targets in TRANSITIONS.items() if state in targets}
     require(many(db, job_ids), sources, f"cannot be set to {state}")
-    put_state(db, job_ids, state, now)
-    if error is not None:
-        db.execute(
-            f"UPDATE jobs SET error = ? WHERE {_IN_LIST}",
-            (optional_json(dict(error)), to_json(list(job_ids))),
-        )
+    put_state(db, job_ids, state, now, error)
     add_notes(db, job_ids, notes, now)
 
 
-def put_state(db: sqlite3.Connection, job_ids: Iterable[str], state: str, now: float) -> None:
-    """Without a look at the state before."""
-    db.execute(f"UPDATE jobs SET state = ?, updated = ? WHERE {_IN_LIST}", (state, now, to_json(list(job_ids))))
+def put_state(
+    db: sqlite3.Connection, job_ids: Iterable[str], state: str, now: float, error: Mapping[str, Any] | None = None
+) -> None:
+    """Without a look at the state before. `error` None leaves the one that is there."""
+    document = optional_json(dict(error)) if error is not None else None
+    db.execute(
+        f"UPDATE jobs SET state = ?, updated = ?, error = coalesce(?, error) WHERE {_IN_LIST}",
+        (state, now, document, to_json(list(job_ids))),
+    )
 
 
 def add_notes(db: sqlite3.Connection, job_ids: Iterable[str], notes: Sequence[str], now: float) -> None:

@@ -177,8 +177,9 @@ class Store:
         *,
         job_state: Literal["published", "rejected"] = "published",
         events: Sequence[tuple[str, Mapping[str, Any]]],
+        error: Mapping[str, Any] | None = None,
     ) -> None:
-        """Record a finished checkpoint, end its jobs, append `events` (kind, data): all or nothing.
+        """Record a finished checkpoint, end its jobs (with `error`), append `events` (kind, data): all or nothing.
 
         As published (status stable or risky) it becomes the stable one of its base; as rejected (any
         other status, or risky) the pointer stays. Raises `Conflict` when the id was published before or a
@@ -193,7 +194,7 @@ class Store:
             found = jobs.many(db, record.jobs)
             jobs.require_batch(found, record.checkpoint, wish)
             jobs.require_wanted(found, wish)
-            jobs.put_state(db, record.jobs, job_state, now)
+            jobs.put_state(db, record.jobs, job_state, now, error)
             if job_state == "published":
                 checkpoints.point(db, record.base_hash, record.checkpoint)
             for kind, data in events:

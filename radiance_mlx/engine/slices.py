@@ -1,0 +1,45 @@
+"""A run of pieces, evaluated as many at a time as fit into a slice."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+
+from ..lora.step import Piece
+
+
+class Slices:
+    """Drives a generator of pieces. `check` is called before each evaluation and may raise."""
+
+    def __init__(self, pieces: Iterator[Piece], check: Callable[[], None]) -> None:
+        self._pieces, self._check = pieces, check
+        self._s_per_piece = 0.02  # few at a time until some have been timed
+
+    def run(self, seconds: float) -> bool:
+        """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises."""
+        ends = time.perf_counter() + seconds
+        while True:
+            self._check()
+            started = time.perf_counter()
+            wanted = max(1, int((ends - started) / self._s_per_piece))
+            group, finished = self._take(wanted)
+            mx.eval([piece.arrays for piece in group])
+            now = time.perf_counter()
+            if any(piece.arrays for piece in group):
+                # the time of the maker's own work (building the graph) is in it: small groups are safe
+                self._s_per_piece += 0.3 * ((now - started) / len(group) - self._s_per_piece)
+            if finished:
+                return True
+            if now + self._s_per_piece > ends:
+                return False
+
+    def _take(self, wanted: int) -> tuple[list[Piece], bool]:
+        group: list[Piece] = []
+        while len(group) < wanted:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return group, True
+            group.append(piece)
+            if piece.barrier:
+                break
+        return group, False

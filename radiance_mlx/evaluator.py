@@ -1,0 +1,191 @@
+"""The asyncio side of evaluation: where the anchors come from, and what is to be measured around an update.
+
+Anchors are read and encoded on a thread, once, and again when local files change; a hub that cannot be reached
+holds nothing up but the update that asks for it. What is measured happens on the engine's thread.
+"""
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from .checkpoints import folder as folders
+from .config import Config
+from .config.bases import resolve
+from .engine.thread import EngineThread
+from .errors import AnchorsUnavailable, Conflict, NotFound
+from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
+from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
+from .evaluation.policy import Rule
+from .messages import BASE, Example
+from .store import CheckpointRecord, write_durably
+
+log = structlog.get_logger(__name__)
+ADAPTER_FILE = "adapters.safetensors"
+ExamplesOf = Callable[[Sequence[str]], Awaitable[Sequence[Example]]]
+
+
+class Evaluator:
+    """One service's evaluation, by its configuration."""
+
+    def __init__(self, config: Config, home: Path, engine: EngineThread, base_hash: str) -> None:
+        self._settings, self._home, self._engine = config.evaluation, home, engine
+        self._base_hash = base_hash
+        self.anchors = anchor_settings(config, home)
+        self._read: tuple[object, AnchorSet] | None = None
+        self._reading = asyncio.Lock()
+        self.trouble: str | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anchors are to be measured at all."""
+        return self.anchors.provider != "none"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What keeps evaluation from doing what the configuration says."""
+        warnings = [self.trouble] if self.trouble else []
+        if not self.enabled and self._settings.rollback_mode != "off":
+            warnings.append("evaluation.rollback_mode has no effect: no anchors are measured (anchor_provider)")
+        return warnings
+
+    @property
+    def rule(self) -> Rule:
+        """What a checkpoint is judged by."""
+        settings = self._settings
+        return Rule(settings.rollback_mode, settings.metric, settings.catastrophic_delta, settings.confidence)
+
+    async def plan(self, line: Sequence[CheckpointRecord], examples_of: ExamplesOf) -> Plan | None:
+        """For an update that goes on from `line` (newest first); None when anchors are off.
+
+        `examples_of` gives the examples of jobs, in the order in which they were accepted.
+
+        Raises `AnchorsUnavailable` if they must be had and cannot be.
+        """
+        if not self.enabled:
+            return None
+        anchors, unavailable = None, ""
+        try:
+            anchors = await self.anchor_set(self.anchors)
+            self.trouble = None
+        except AnchorsUnavailable as error:
+            if self._settings.require_anchors:
+                raise
+            unavailable = error.message
+            self.trouble = f"anchors are not measured: {error.message}"
+            log.warning("no anchors", error=error.message)
+        return Plan(
+            rule=self.rule,
+            anchors=anchors,
+            unavailable=unavailable,
+            earlier=await self._earlier(line, examples_of) if anchors else (),
+            sample=self._settings.update_sample,
+            scale_first=self._settings.scale_first,
+        )
+
+    async def anchor_set(self, settings: AnchorSettings) -> AnchorSet:
+        """The encoded anchors. Raises `AnchorsUnavailable`."""
+        if settings.provider == "none":
+            raise AnchorsUnavailable("No anchors are configured.", "Set evaluation.anchor_provider to hf or local.")
+        async with self._reading:
+            key = (settings, await asyncio.to_thread(signature, settings))
+            if self._read is not None and self._read[0] == key:
+                return self._read[1]
+            rows = await asyncio.to_thread(load_rows, settings)
+            found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+            self._read = key, found
+            log.info("anchors", source=found.source, documents=len(found.documents), skipped=found.skipped)
+            return found
+
+    async def _earlier(self, line: Sequence[CheckpointRecord], examples_of: ExamplesOf) -> tuple[EarlierUpdate, ...]:
+        """The updates that led here and were measured when they were learnt, newest first."""
+        updates = []
+        for record in line[: self._settings.update_window]:
+            measured = record.metrics.get("own_sample")
+            if measured is None:
+                continue
+            rows = await examples_of(record.jobs)
+            examples = tuple(rows[i] for i in spread(len(rows), measured["sample"]))
+            updates.append(EarlierUpdate(record.checkpoint, examples, measured["loss_before"], measured["loss_after"]))
+        return tuple(updates)
+
+    async def evaluate(
+        self,
+        subjects: Sequence[Subject],
+        settings: AnchorSettings,
+        report: Callable[[int, int], None] = lambda done, of: None,
+    ) -> dict[str, Any]:
+        """Measure adapters on anchors: `{"anchors": …, "results": […]}`, and one metrics file for each.
+
+        `report` hears how many of how many are done. Raises `AnchorsUnavailable`, `CheckpointDamaged`, `ModelError`.
+        """
+        anchors = await self.anchor_set(settings)
+        report(0, len(subjects))
+        measured = await self._engine.measure(anchors, tuple(subjects), report, threading.Event())
+        results = [
+            {"checkpoint": subject.name, "against": subject.parent or BASE, **found}
+            for subject, found in zip(subjects, measured.results, strict=True)
+        ]
+        for result in results:
+            await asyncio.to_thread(self._write, result, measured.anchors)
+        return {"anchors": measured.anchors, "results": results}
+
+    def _write(self, result: dict[str, Any], anchors: dict[str, Any]) -> None:
+        name = f"eval_{Path(result['checkpoint']).name}_{anchors['hash'][:8]}.json"
+        document = {**result, "anchors": anchors, "base_hash": self._base_hash, "at": time.time()}
+        write_durably(self._home / "metrics" / name, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Subject:
+    """A checkpoint of this home, or the base, beside `against` (None: its own parent).
+
+    Raises `NotFound`, `CheckpointDamaged`, or `Conflict` for a checkpoint of another base.
+    """
+    if name == BASE:
+        return Subject(BASE, None, against)
+    folder = home / "adapters" / name
+    if not is_checkpoint_name(name) or not folder.is_dir():
+        raise NotFound(f"There is no checkpoint {name}.", "List the checkpoints to see their ids.")
+    facts = folders.read(folder)
+    if facts.get("base_hash") != base_hash:
+        raise Conflict(f"{name} belongs to another base model.", "Start with --base-model as when it was trained.")
+    folders.verify(folder, {ADAPTER_FILE: facts["files"][ADAPTER_FILE]})
+    return Subject(name, folder, against or facts["parent"])
+
+
+def checkpoint_names(home: Path) -> list[str]:
+    """Every checkpoint folder of the home, oldest first."""
+    found = [path.name for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+    return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether `name` is an id, and no path in disguise."""
+    return re.fullmatch(r"A_\d{4}-\d\d-\d\d_\d+", name) is not None
+
+
+def anchor_settings(config: Config, home: Path) -> AnchorSettings:
+    """What the configuration asks for; unset, the base's own anchors if it brings some, else none."""
+    settings = config.evaluation
+    folder = home / "data" / "anchors"
+    provider = settings.anchor_provider
+    if provider is None:
+        where = resolve(config.base_model)
+        own = own_anchors(where) if isinstance(where, Path) else None
+        provider, folder = ("local", own) if own is not None else ("none", folder)
+    return AnchorSettings(
+        provider=provider,
+        dataset=settings.anchor_dataset,
+        split=settings.anchor_split,
+        sample=settings.anchor_sample,
+        columns=tuple(settings.anchor_columns),
+        max_tokens=settings.anchor_max_tokens,
+        seed=settings.anchor_seed,
+        folder=folder,
+    )

@@ -1,0 +1,86 @@
+"""Measuring without a service: the engine alone, for as long as it takes. Nothing is trained or served.
+
+With a service on the same home this may run beside it: checkpoints are only read, and what is kept about
+anchors is written beside and renamed. It then holds a second copy of the base model in memory.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .config import Loaded
+from .engine.thread import EngineThread
+from .errors import HomeLocked, ModelError, NotFound
+from .evaluation.plan import Subject
+from .evaluator import Evaluator, checkpoint_names, subject_of
+from .messages import BASE
+from .store import HomeLock, Store
+
+
+def evaluate(
+    loaded: Loaded,
+    checkpoints: Sequence[str] | None,
+    against: str | None,
+    adapter_path: Path | None,
+    anchors: dict[str, Any],
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Measure checkpoints of the home (None: all), or any adapter that mlx-lm reads. Raises `RadianceError`."""
+    with contextlib.ExitStack() as stack:
+        lock = HomeLock(loaded.home)
+        with contextlib.suppress(HomeLocked):
+            loaded.home.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            stack.callback(lock.release)
+        return asyncio.run(_evaluate(loaded, checkpoints, against, adapter_path, anchors, report))
+
+
+async def _evaluate(
+    loaded: Loaded,
+    checkpoints: Sequence[str] | None,
+    against: str | None,
+    adapter_path: Path | None,
+    anchors: dict[str, Any],
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
+    engine = EngineThread(loaded.config, loaded.home, lambda error: None)
+    try:
+        facts = await engine.start()
+        (loaded.home / "metrics").mkdir(parents=True, exist_ok=True)
+        evaluator = Evaluator(loaded.config, loaded.home, engine, facts.base_hash)
+        subjects = _subjects(loaded.home, checkpoints, against, adapter_path, facts.base_hash)
+        return await evaluator.evaluate(subjects, replace(evaluator.anchors, **anchors), report)
+    finally:
+        await engine.stop()
+
+
+def _subjects(
+    home: Path, checkpoints: Sequence[str] | None, against: str | None, adapter_path: Path | None, base_hash: str
+) -> list[Subject]:
+    if against is not None:
+        subject_of(home, against, None, base_hash)  # is it there, and whole?
+    if adapter_path is not None:
+        if not (adapter_path / "adapters.safetensors").is_file():
+            raise ModelError(f"{adapter_path} is no adapter: it has no adapters.safetensors.", "Name its folder.")
+        return [Subject(str(adapter_path), adapter_path, against)]
+    names = checkpoint_names(home) if checkpoints is None else list(checkpoints)
+    if not names:
+        raise NotFound(
+            "There is no checkpoint here yet.", "Teach something first, or measure the base: --checkpoint base."
+        )
+    return [subject_of(home, name, against, base_hash) for name in names]
+
+
+def current(home: Path) -> str:
+    """The checkpoint that a service on this home would answer from; the base where there is none."""
+    if not (home / "state" / "radiance.db").is_file():
+        return BASE
+    store = Store(home)
+    try:
+        base_hash = store.get("base_hash")
+        return (store.stable(base_hash) if base_hash else None) or BASE
+    finally:
+        store.close()

@@ -1,0 +1,199 @@
+"""`eval`: what checkpoints have forgotten, asked of the service and without one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
+
+from radiance_mlx.evaluation.metrics import NAMES
+from radiance_mlx.models.nano import world
+
+
+def write_jsonl(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A home with two checkpoints and local anchors, its service stopped; and a data set beside it."""
+    home = tmp_path_factory.mktemp("eval") / "home"
+    rows = [{"prompt": q, "completion": a} for q, a in world.facts(world.KNOWN[:4])]
+    write_jsonl(home / "data" / "anchors" / "mine.jsonl", rows)
+    write_jsonl(home.parent / "news.jsonl", [{"title": f"No. {i}", "body": "Rain fell all day."} for i in range(12)])
+    with running(home, QUICK, evaluation__anchor_provider="local") as service:
+        for fact in FACTS[:2]:
+            service.learn(fact)
+    return home
+
+
+@pytest.fixture(scope="module")
+def asked(taught):
+    """The same home with a service over HTTP."""
+    with running(taught, QUICK, evaluation__anchor_provider="local") as service:
+        loop = LoopThread()
+        try:
+            with http(service.service, service._thread) as client:
+                yield client
+        finally:
+            loop.close()
+
+
+def command(home, *arguments, environ=None):
+    """(exit code, stdout, stderr) of the command, in a process of its own; no service is found."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RADIANCE_")} | (environ or {})
+    done = subprocess.run(
+        [sys.executable, "-m", "radiance_mlx", "eval", "--home", str(home), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**clean, "RADIANCE_SERVER__PORT": "1", "RADIANCE_EVALUATION__ANCHOR_PROVIDER": "local"},
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ids(home):
+    return sorted(path.name for path in (home / "adapters").glob("A_*"))
+
+
+def recorded(home, name):
+    return json.loads((home / "metrics" / f"{name}.json").read_text())
+
+
+# --- by the service ------------------------------------------------------------------------------
+
+
+def test_the_service_measures_what_it_measured_when_it_learnt(asked, taught):
+    """The same anchors, the same figures; each answer has a file, and says who answers now."""
+    body = asked.post("/eval", json={}).raise_for_status().json()
+    assert [result["checkpoint"] for result in body["results"]] == ids(taught)
+    for result in body["results"]:
+        for name in NAMES:
+            assert result[name] == pytest.approx(recorded(taught, result["checkpoint"])[name], abs=1e-5)
+    assert (body["checkpoint"], body["checkpoint_status"]) == (ids(taught)[1], "stable")
+    file = taught / "metrics" / f"eval_{ids(taught)[0]}_{body['anchors']['hash'][:8]}.json"
+    assert json.loads(file.read_text())["forgetting_kl"] == body["results"][0]["forgetting_kl"]
+
+
+def test_any_two_checkpoints_can_be_compared(asked, taught):
+    """The first from the second's side; against the base the drift is the forgetting."""
+    first, second = ids(taught)
+    [back] = asked.post("/eval", json={"checkpoints": [first], "against": second}).json()["results"]
+    [forth] = asked.post("/eval", json={"checkpoints": [second]}).json()["results"]
+    assert back["forgetting_loss_delta"] == pytest.approx(-forth["forgetting_loss_delta"], abs=1e-6)
+    [base] = asked.post("/eval", json={"checkpoints": [second], "against": "base"}).json()["results"]
+    assert base["drift_kl"] == pytest.approx(base["forgetting_kl"], abs=1e-6)
+    [itself] = asked.post("/eval", json={"checkpoints": ["stable"], "against": "stable"}).json()["results"]
+    assert abs(itself["drift_kl"]) < 1e-5
+
+
+def test_a_stream_tells_how_far_it_is(asked):
+    """Events with counts, the answer last, then the end."""
+    with asked.stream("POST", "/eval", json={"stream": True}) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    events = [json.loads(line) for line in lines[:-1]]
+    assert [(event["done"], event["of"]) for event in events[:-1]] == [(0, 2), (1, 2), (2, 2)]
+    assert len(events[-1]["results"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"checkpoints": ["A_2020-01-01_0009"]}, 404, "not_found"),
+        ({"checkpoints": ["../../etc"]}, 404, "not_found"),
+        ({"checkpoints": ["base"], "against": "nobody"}, 404, "not_found"),
+        ({"checkpoints": []}, 422, "invalid_request"),
+        ({"anchor_dataset": "/etc/passwd"}, 422, "invalid_request"),
+        ({"anchor_dataset": "../secrets"}, 422, "invalid_request"),
+        ({"anchor_dataset": "tests"}, 422, "invalid_request"),  # a folder where the service runs
+        ({"anchor_provider": "none"}, 422, "invalid_request"),
+        ({"adapter_path": "/tmp/x"}, 422, "invalid_request"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(asked, body, status, code, monkeypatch):
+    """And no path of the machine comes in over HTTP."""
+    monkeypatch.chdir(REPOSITORY)
+    answer = asked.post("/eval", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_with_advice(asked, monkeypatch):
+    """And the service goes on."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1", raising=False)
+    answer = asked.post("/eval", json={"anchor_dataset": "nobody/nothing-here"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "anchors_unavailable")
+    assert answer.json()["error"]["hint"]
+    assert asked.get("/readyz").status_code == 200
+
+
+# --- without one ---------------------------------------------------------------------------------
+
+
+def test_without_a_service_the_same_is_measured_here(taught):
+    """`--json` has nothing but JSON on stdout."""
+    code, out, err = command(taught, "--checkpoint", "all", "--json")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert [r["checkpoint"] for r in results] == ids(taught)
+    for result in results:
+        assert result["forgetting_kl"] == pytest.approx(
+            recorded(taught, result["checkpoint"])["forgetting_kl"], abs=1e-5
+        )
+
+
+def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, taught):
+    """`hf` with a path; nothing has been forgotten."""
+    news = str(taught.parent / "news.jsonl")
+    code, out, err = command(tmp_path / "new", "--anchor-provider", "hf", "--anchor-dataset", news)
+    assert code == 0, err
+    assert "1.000" in out
+    assert "12 anchors" in err
+    code, out, _ = command(tmp_path / "new", "--anchor-dataset", news, "--json")
+    [result] = json.loads(out)["results"]
+    assert (code, result["checkpoint"]) == (0, "base")
+    assert abs(result["forgetting_kl"]) < 1e-5
+
+
+def test_any_adapter_that_mlx_lm_reads_can_be_measured(tmp_path, taught):
+    """By its folder, which is no checkpoint of this home."""
+    first = ids(taught)[0]
+    code, out, err = command(tmp_path, "--adapter-path", str(taught / "adapters" / first), "--json")
+    assert code != 0  # this home has no anchors
+    assert json.loads(out)["error"]["code"] == "anchors_unavailable"
+    code, out, err = command(
+        tmp_path,
+        "--adapter-path",
+        str(taught / "adapters" / first),
+        "--json",
+        "--anchor-provider",
+        "hf",
+        "--anchor-dataset",
+        str(taught / "data" / "anchors"),
+    )
+    assert code == 0, err
+    [result] = json.loads(out)["results"]
+    assert result["forgetting_kl"] == pytest.approx(recorded(taught, first)["forgetting_kl"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--checkpoint", "A_2020-01-01_0009"], "no checkpoint A_2020"),
+        (["--checkpoint", "base", "--adapter-path", "/tmp"], "exclude each other"),
+        (["--adapter-path", "/nowhere"], "no adapter"),
+        (["--anchor-dataset", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--against", "A_2020-01-01_0009"], "no checkpoint"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_error(taught, arguments, says):
+    code, _, err = command(taught, *arguments)
+    assert code in (1, 2)
+    assert says in err
+    assert "Traceback" not in err
