@@ -73,6 +73,14 @@ class Lineage:
             if record.pruned:  # a crash may have come between the row and the folder
                 await asyncio.to_thread(shutil.rmtree, self.folder(record.checkpoint), True)
         await self._write_curves()  # a crash may have come before them
+        await self._serve_newest_sound()
+
+    async def leave_damaged(self) -> None:
+        """The checkpoint that serves was found damaged: its newest sound ancestor serves from now on."""
+        async with self._moving:
+            await self._serve_newest_sound()
+
+    async def _serve_newest_sound(self) -> None:
         stable = await self._store(lambda s: s.stable(self.base_hash))
         for record in await self._store(lambda s: s.lineage(self.base_hash, stable)):
             if await self._sound(record):

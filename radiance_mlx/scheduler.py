@@ -188,6 +188,8 @@ class Scheduler:
         except NotReady:
             await asyncio.shield(self._store(lambda s: s.take_back_attempt(jobs)))
             raise
+        except CheckpointDamaged as error:
+            await self._parent_is_damaged(running, error)
         except StoreError:  # no fault of the jobs: what is finished is published when the store works again
             raise
         except Exception as error:
@@ -197,6 +199,20 @@ class Scheduler:
                 await self._engine.call(lambda engine: engine.settle())
             await self._settle_writes()
             self.running = None
+
+    async def _parent_is_damaged(self, running: Running, error: CheckpointDamaged) -> None:
+        """No fault of the jobs: they train on the newest sound ancestor instead."""
+        parent = self._lineage.stable
+        if parent is None:
+            await self._after_failure(running, error)
+            return
+        await self._lineage.mark_damaged(parent, error)
+        await self._lineage.leave_damaged()
+        if self._lineage.stable == parent:  # its files are sound: something else is at fault
+            await self._after_failure(running, error)
+            return
+        self._due.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
+        self._drop(running.checkpoint)
 
     async def _batch(self, running: Running) -> TrainBatch:
         examples = await self._examples(running.jobs)

@@ -52,6 +52,7 @@ class Service:
         self._evaluator: Evaluator | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
+        self._ending, self._ended = asyncio.Lock(), False
         self.facts: EngineFacts | None = None
 
     # --- life ------------------------------------------------------------------------------------
@@ -89,8 +90,17 @@ class Service:
             self._on_death(error)
 
     async def stop(self) -> None:
-        """End requests, keep the state of what trains, close the database, give the home back."""
+        """End requests, keep the state of what trains, close the database, give the home back.
+
+        May be called more than once, and by several at a time.
+        """
         self._stopping = True
+        async with self._ending:
+            if not self._ended:
+                await self._end()
+                self._ended = True
+
+    async def _end(self) -> None:
         if self._engine is not None:
             await self._engine.stop()
         if self._task is not None and self._scheduler is not None:
@@ -121,12 +131,24 @@ class Service:
 
     async def search(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""
-        _, engine, lineage, _ = self._require()
+        _, engine, _, _ = self._require()
         asked = await self.address(request)
         try:
             return await engine.answer(asked)
         except CheckpointDamaged as error:
-            raise await lineage.mark_damaged(asked.checkpoint, error) from error
+            fault = await self._found_damaged(asked.checkpoint, error)
+            if request.checkpoint != STABLE:
+                raise fault from error
+        return await engine.answer(await self.address(request))
+
+    async def _found_damaged(self, checkpoint: str, error: CheckpointDamaged) -> CheckpointDamaged:
+        """Remember it; if it was the one that serves, its newest sound ancestor does from now on."""
+        _, _, lineage, scheduler = self._require()
+        fault = await lineage.mark_damaged(checkpoint, error)
+        if checkpoint == lineage.stable:
+            await lineage.leave_damaged()
+            scheduler.restart_batch()
+        return fault
 
     async def address(self, request: Generate) -> Generate:
         """The request with its checkpoint resolved: "stable" becomes what is stable now.
@@ -153,14 +175,19 @@ class Service:
         )
 
     async def stream(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
-        """Pieces, then the answer. `request` must have been through `address`."""
-        _, engine, lineage, _ = self._require()
-        try:
-            async with contextlib.aclosing(engine.generate(request)) as pieces:  # type: ignore[type-var]
-                async for piece in pieces:
-                    yield piece
-        except CheckpointDamaged as error:
-            raise await lineage.mark_damaged(request.checkpoint, error) from error
+        """Pieces, then the answer. Leaving the iterator ends the generation."""
+        _, engine, _, _ = self._require()
+        for again in (True, False):
+            asked = await self.address(request)
+            try:
+                async with contextlib.aclosing(engine.generate(asked)) as pieces:  # type: ignore[type-var]
+                    async for piece in pieces:
+                        yield piece
+                return
+            except CheckpointDamaged as error:  # before the first piece: adapters are loaded whole
+                fault = await self._found_damaged(asked.checkpoint, error)
+                if request.checkpoint != STABLE or not again:
+                    raise fault from error
 
     @staticmethod
     def _require_servable(record: CheckpointRecord, lineage: Lineage) -> None:

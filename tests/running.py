@@ -284,7 +284,9 @@ class Process:
     def wait_for_step(self, job_id: str, step: int = 1) -> dict[str, Any]:
         def far_enough() -> Any:
             job = self.get(f"/jobs/{job_id}")
-            return job if job["state"] == "training" and (job["progress"] or {}).get("step", 0) >= step else None
+            # an attempt is counted once it has begun: before, the progress is that of the process before
+            trains = job["state"] == "training" and job["attempts"] > 0
+            return job if trains and (job["progress"] or {}).get("step", 0) >= step else None
 
         return until(far_enough, f"{job_id} step {step}")
 

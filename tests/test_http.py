@@ -517,6 +517,8 @@ def test_real_answers_are_as_described(started):
     client = started.client
     document = client.get("/openapi.json").json()
     name = client.get("/checkpoints").json()["checkpoints"][0]["checkpoint"]
+    anchors = started.service.home / "data" / "anchors"
+    (anchors / "a.jsonl").write_text(json.dumps({"input": "Hi", "output": "Hello!"}) + "\n")
     asked = {
         ("post", "/search", "/search", 200): {"prompt": "Hello!", **GREEDY},
         ("post", "/search", "/search", 422): {"prompt": 3},
@@ -532,6 +534,9 @@ def test_real_answers_are_as_described(started):
         ("get", "/checkpoints", "/checkpoints", 200): None,
         ("get", "/checkpoints/{checkpoint}", f"/checkpoints/{name}", 200): None,
         ("post", "/rollback", "/rollback", 200): {"to": name},
+        ("post", "/eval", "/eval", 200): {"checkpoints": [name], "anchor_provider": "local"},
+        ("post", "/eval", "/eval", 422): {"checkpoints": []},
+        ("post", "/eval", "/eval", 503): {},
         ("get", "/healthz", "/healthz", 200): None,
         ("get", "/readyz", "/readyz", 200): None,
         ("get", "/openapi.json", "/openapi.json", 200): None,

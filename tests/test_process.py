@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from running import ENDLESS, FACTS, Process, until
@@ -59,7 +60,8 @@ def test_one_signal_stops_in_good_order_and_training_goes_on_where_it_was(start)
     reached = first.wait_for_step(job, 40)["progress"]["step"]
     reader = open_stream(first)
     first.signal(signal.SIGTERM)
-    assert first.exit_code(10) == 0
+    code = first.exit_code(10)
+    assert code == 0, first.log[-3000:]
     reader.join(10)
     assert not reader.is_alive()
     assert not (first.home / "state" / "server.json").exists()
@@ -71,6 +73,31 @@ def test_one_signal_stops_in_good_order_and_training_goes_on_where_it_was(start)
     assert second.get("/checkpoints")["checkpoints"] == []
     second.signal(signal.SIGINT)
     assert second.exit_code(10) == 0
+
+
+def test_who_waits_for_a_long_answer_at_the_stop_is_told(start):
+    """An unstreamed search gets the 503 of its kind, a streamed one an error and its end; neither is cut off."""
+    process = start(**{**ENDLESS, "training.share": 0.9}).ready()
+    process.wait_for_step(process.update(FACTS[0]), 2)
+    body = {"prompt": "Hello!", "max_tokens": 490, "temperature": 8, "seed": 3}
+    events = []
+
+    def stream():
+        with process.client.stream("POST", "/search", json={**body, "stream": True}) as response:
+            events.extend(line for line in response.iter_lines() if line.startswith("data:"))
+
+    with ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(stream)
+        whole = pool.submit(process.client.post, "/search", json=body)
+        until(lambda: process.get("/info")["engine"]["active"] == 2)
+        process.signal(signal.SIGTERM)
+        answer = whole.result(20)
+        streamed.result(20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert '"not_ready"' in events[-2]
+    assert events[-1] == "data: [DONE]"
+    assert process.exit_code(10) == 0
+    assert "Traceback" not in process.log
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start):

@@ -40,7 +40,7 @@ async def search(request: Request) -> Response:
     started = time.perf_counter()
     service = service_of(request)
     body = parse(schemas.SearchRequest, await read_body(request, service.config.server))
-    asked = await service.address(body.as_request())
+    asked = body.as_request()
     if asked.stream:
         pieces = service.stream(asked)
         first = await _unless_client_leaves(request, anext(pieces))  # what goes wrong before has its own status

@@ -29,6 +29,7 @@ from .app import make_app
 
 Announce = Callable[[str, dict[str, Any]], None]
 GRACE_S = 4
+ANSWER_S = 1.0  # what can be answered in so long after a signal is
 STOP_S = 9
 log = structlog.get_logger(__name__)
 
@@ -69,7 +70,8 @@ async def _serve(loaded: Loaded, announce: Announce) -> int:
             server_header=False,
         )
     )
-    _handle_signals(server)
+    asked_to_stop = asyncio.Event()
+    _handle_signals(server, asked_to_stop)
     url = _write_address(loaded, listener)
     announce(
         "listening",
@@ -82,6 +84,7 @@ async def _serve(loaded: Loaded, announce: Announce) -> int:
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(_start(service, announce, started))
+    ending = asyncio.create_task(_end_requests(service, asked_to_stop))
     try:
         await asyncio.wait({serving, starting}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -92,6 +95,7 @@ async def _serve(loaded: Loaded, announce: Announce) -> int:
         raise
     finally:
         starting.cancel()
+        ending.cancel()
         await service.stop()
         server.should_exit = True
         with contextlib.suppress(Exception):
@@ -120,17 +124,25 @@ async def _start(service: Service, announce: Announce, started: float) -> None:
         announce("warning", {"message": message})
 
 
+async def _end_requests(service: Service, asked_to_stop: asyncio.Event) -> None:
+    """A short answer is finished; who waits for a long one is told, before uvicorn would cut the connection."""
+    await asked_to_stop.wait()
+    await asyncio.sleep(ANSWER_S)
+    await service.stop()
+
+
 def _end(server: _Server, failures: list[BaseException], error: BaseException) -> None:
     failures.append(error)
     server.should_exit = True
 
 
-def _handle_signals(server: _Server) -> None:
+def _handle_signals(server: _Server, asked_to_stop: asyncio.Event) -> None:
     def handle(number: int) -> None:
         if server.should_exit:
             os._exit(128 + number)
         log.info("stopping", signal=signal.Signals(number).name)
         server.should_exit = True
+        asked_to_stop.set()
         _end_in_time()
 
     loop = asyncio.get_running_loop()

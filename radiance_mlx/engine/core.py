@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from ..checkpoints import folder as folders
 from ..config import Config
-from ..errors import Conflict, InternalError, NotFound, RadianceError
+from ..errors import Conflict, InternalError, RadianceError
 from ..evaluation.anchors import AnchorSet
 from ..evaluation.plan import Plan, Subject
 from ..lora import files
@@ -102,7 +102,7 @@ class Engine:
         self._decoder.cancel(number)
 
     def warm(self, checkpoint: str) -> bool:
-        """Load a checkpoint into the bank. Raises `CheckpointDamaged` or `NotFound`."""
+        """Load a checkpoint into the bank. Raises `CheckpointDamaged`."""
         return self._decoder.warm(checkpoint)
 
     def prompt_encoder(self) -> ChatEncoder:
@@ -121,10 +121,8 @@ class Engine:
     # --- where the decoder finds adapters ----------------------------------------------------------
 
     def checkpoint(self, name: str) -> AdapterWeights:
-        """A kept adapter, verified. Raises `NotFound` or `CheckpointDamaged`."""
+        """A kept adapter, verified. Raises `CheckpointDamaged`."""
         folder = self._home / "adapters" / name
-        if not folder.is_dir():
-            raise NotFound(f"The files of checkpoint {name} are gone.", "GET /checkpoints lists what there is.")
         folders.verify(folder, {files.ADAPTER_FILE: folders.read(folder)["files"][files.ADAPTER_FILE]})
         return files.load_adapter(folder)
 

@@ -16,18 +16,22 @@ from mlx_lm.sample_utils import apply_top_p
 
 from ..lora.bank import BASE_SLOT, ActiveRows
 
-COLDEST = 1e-4
+COLDEST, HOTTEST = 1e-4, 1e30  # of temperatures: dividing by less overflows, by more is not done in 32 bits
+NARROWEST = 1e-7  # of top_p: less than the likeliest token of any vocabulary has
 
 
 class RowState:
-    """One sequence's slot and sampling; `drawn` counts its tokens."""
+    """One sequence's slot and sampling; `drawn` counts its tokens.
+
+    What leaves one token only, so little heat or top_p, is greedy (temperature 0).
+    """
 
     __slots__ = ("drawn", "seed", "slot", "temperature", "top_p")
 
     def __init__(self, slot: int, temperature: float, top_p: float, seed: int) -> None:
         self.slot, self.top_p, self.seed = slot, top_p, seed
-        # so little heat is greedy, and dividing by it would overflow
-        self.temperature = temperature if temperature >= COLDEST else 0.0
+        one_only = temperature < COLDEST or top_p < NARROWEST
+        self.temperature = 0.0 if one_only else min(temperature, HOTTEST)
         self.drawn = 0
 
 
@@ -130,14 +134,20 @@ class RowSampler:
         if entry.greedy:
             return best
         rows = entry.rows
-        logprobs = logits.astype(mx.float32)
+        logits = logits.astype(mx.float32)
         if any(row.top_p < 1.0 for row in rows):
-            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-            logprobs = apply_top_p(logprobs, mx.array([[row.top_p] for row in rows]))
+            logits = _top_p(logits, rows)
         heat = mx.array([[row.temperature or 1.0] for row in rows])
-        drawn = mx.vmap(_draw)(logprobs / heat, mx.array(keys, dtype=mx.uint32))
+        drawn = mx.vmap(_draw)(logits / heat, mx.array(keys, dtype=mx.uint32))
         greedy = mx.array([row.temperature == 0 for row in rows])
         return mx.where(greedy, best, drawn.astype(best.dtype))
+
+
+def _top_p(logits: mx.array, rows: Sequence[RowState]) -> mx.array:
+    """`logits` without what each row's top_p cuts off; a row whose top_p is 1 keeps its own, to the last bit."""
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    cut = apply_top_p(logprobs, mx.array([[max(row.top_p, NARROWEST)] for row in rows]))
+    return mx.where(mx.array([[row.top_p >= 1.0] for row in rows]), logits, cut)
 
 
 def _draw(logits: mx.array, key: mx.array) -> mx.array:

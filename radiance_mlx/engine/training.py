@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.folder import replace_folder, unfinished
+from ..checkpoints.folder import read, replace_folder, unfinished, verify
 from ..config import Config
 from ..errors import Cancelled, CheckpointDamaged, ModelError, RadianceError, TrainingFailed
 from ..evaluation.plan import Plan
@@ -148,11 +148,15 @@ class TrainingTask:
         return trainer
 
     def _start(self, trainer: Trainer) -> None:
-        """From the parent's weights and optimizer, if the lineage goes on and the shapes are the same."""
+        """From the parent's weights and optimizer, if the lineage goes on and the shapes are the same.
+
+        Raises `CheckpointDamaged` if they are not what was published.
+        """
         parent = self.batch.parent
         if parent is None or self.batch.lineage == "fresh":
             return
         folder = self._home / "adapters" / parent
+        verify(folder, read(folder)["files"])
         weights = files.load_arrays(folder / files.ADAPTER_FILE)
         changed = [] if trainer.tree.fits(weights) else ["lora.r or lora.target_modules"]
         if not math.isclose(files.load_adapter(folder).scale, self._config.lora.scale):
