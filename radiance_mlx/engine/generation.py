@@ -12,6 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
+from mlx_lm.models.cache import BatchKVCache
+
+
+#: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
+GROWTH = 64
 
 
 class JoiningBatch(GenerationBatch):
@@ -132,6 +137,13 @@ class JoiningGenerator(BatchGenerator):
             self._prompt_batch.prompt([self._take(sequence) for sequence in self._currently_processing])
             self._join()
         return [], self._generation_batch.next()
+
+    def _make_batch(self, n: int) -> PromptProcessingBatch:
+        batch = super()._make_batch(n)
+        for cache in batch.prompt_cache:
+            if isinstance(cache, BatchKVCache):
+                cache.step = GROWTH
+        return batch
 
     def _take(self, sequence: list[Any]) -> list[int]:
         """The next part of a prompt, at most `prefill_step_size` tokens; its last token is never among them."""
