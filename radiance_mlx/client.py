@@ -10,6 +10,7 @@ errors come back as the class that carries their code, and no answer at all is `
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ class Client:
     def stream(self, prompt: str | Sequence[Mapping[str, str]], **options: Any) -> Iterator[Json]:
         """Pieces (`{"text": …}` or `{"reasoning": …}`) as they come; the last event is the whole answer."""
         body = {**_search_body(prompt, options), "stream": True}
-        with self._translated(), self._http.stream("POST", "/search", json=body) as response:
+        with self._translated(), self._http.stream("POST", "/search", **_json(body)) as response:
             if response.status_code >= 400:
                 response.read()
             _raise_for(response)
@@ -87,7 +88,9 @@ class Client:
         idempotency_key: str | None = None,
     ) -> Json:
         """Hand in examples to learn; `{"job_id": …, "queued": true, …}` when they are safely stored."""
-        headers = {b"Idempotency-Key": idempotency_key.encode()} if idempotency_key else None
+        headers = None
+        if idempotency_key is not None:  # an empty one too: the service refuses it
+            headers = {b"Idempotency-Key": _utf8(idempotency_key, "idempotency key").encode()}
         body = {"examples": [dict(example) for example in examples], "tags": list(tags)}
         return self._call("POST", "/update", body=body, headers=headers)
 
@@ -126,7 +129,7 @@ class Client:
 
     def jobs(self, state: str | None = None, limit: int | None = None, before: int | None = None) -> Json:
         """`{"jobs": […], "next": …, …}`, newest first; `next` is the `before` of the next page."""
-        params = {"state": state, "limit": limit, "before": before}
+        params = {"state": state and _utf8(state, "state"), "limit": limit, "before": before}
         return self._call("GET", "/jobs", params={k: v for k, v in params.items() if v is not None})
 
     def job(self, job_id: str) -> Json:
@@ -158,7 +161,7 @@ class Client:
         listed = list(checkpoints) if checkpoints is not None else None
         body = {"checkpoints": listed, "against": against, **anchors, "stream": True}
         last: Json = {}
-        with self._translated(), self._http.stream("POST", "/eval", json=body) as response:
+        with self._translated(), self._http.stream("POST", "/eval", **_json(body)) as response:
             if response.status_code >= 400:
                 response.read()
             _raise_for(response)
@@ -187,8 +190,9 @@ class Client:
         params: Mapping[str, Any] | None = None,
         headers: Mapping[bytes, bytes] | None = None,
     ) -> Json:
+        sent = _json(body, headers) if body is not None else {"headers": headers}
         with self._translated():
-            response = self._http.request(method, path, json=body, params=params, headers=headers)
+            response = self._http.request(method, path, params=params, **sent)
             _raise_for(response)
             return _object(response)
 
@@ -338,10 +342,53 @@ def _authorization(token: str | None) -> dict[str, str]:
 
 
 def _segment(name: str) -> str:
-    """`name` as one part of a path."""
+    """`name` as one part of a path. An empty one would mean the whole list."""
     from urllib.parse import quote
 
-    return quote(name, safe="")
+    if not name:
+        raise InvalidRequest("The request cannot be sent: the id is empty.")
+    return quote(_utf8(name, "id"), safe="")
+
+
+def _utf8(text: str, what: str) -> str:
+    """`text`. Raises `InvalidRequest` if bytes that are not UTF-8 got into it (as surrogates)."""
+    if not _is_utf8(text):
+        raise InvalidRequest(f"The request cannot be sent: the {what} is not UTF-8 text.")
+    return text
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _json(body: Json, headers: Mapping[bytes, bytes] | None = None) -> dict[str, Any]:
+    """httpx's arguments for `body`. Raises `InvalidRequest` that names what JSON in UTF-8 cannot hold."""
+    try:
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        faults = list(_unsendable(body)) if not isinstance(error, RecursionError) else []
+        said = "; ".join(f"{fault['field']}: {fault['problem']}" for fault in faults[:5])
+        raise InvalidRequest(f"The request cannot be sent: {said or error}", details=faults) from error
+    return {"content": content, "headers": {**(headers or {}), b"Content-Type": b"application/json"}}
+
+
+def _unsendable(value: Any, path: str = "") -> Iterator[dict[str, str]]:
+    """Each part of `value` that keeps it from being sent, as `{field, problem}`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _unsendable(key, path or "a key")
+            yield from _unsendable(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unsendable(inner, f"{path}.{index}")
+    elif isinstance(value, str) and not _is_utf8(value):
+        yield {"field": path, "problem": "not UTF-8 text"}
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield {"field": path, "problem": f"{value} is not a finite number"}
 
 
 def _search_body(prompt: str | Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Json:

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .errors import AnchorsUnavailable, Conflict, NotFound
 from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
 from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
 from .evaluation.policy import Rule
+from .lora.encoding import Encoded
 from .messages import BASE, Example
 from .store import CheckpointRecord, write_durably
 
@@ -36,6 +38,7 @@ class Evaluator:
 
     def __init__(self, config: Config, home: Path, engine: EngineThread, base_hash: str) -> None:
         self._settings, self._home, self._engine = config.evaluation, home, engine
+        self._rehearsal = config.rehearsal
         self._base_hash = base_hash
         self.anchors = anchor_settings(config, home)
         self._read: tuple[object, AnchorSet] | None = None
@@ -68,8 +71,9 @@ class Evaluator:
 
         Raises `AnchorsUnavailable` if they must be had and cannot be.
         """
+        rehearsed = await self._rehearsed()
         if not self.enabled:
-            return None
+            return Plan(self.rule, rehearsed=rehearsed) if rehearsed else None
         anchors, unavailable = None, ""
         try:
             anchors = await self.anchor_set(self.anchors)
@@ -87,7 +91,18 @@ class Evaluator:
             earlier=await self._earlier(line, examples_of) if anchors else (),
             sample=self._settings.update_sample,
             scale_first=self._settings.scale_first,
+            rehearsed=rehearsed,
         )
+
+    async def _rehearsed(self) -> tuple[Encoded, ...]:
+        """The anchors that are learnt from: they have a folder of their own. Raises `AnchorsUnavailable`."""
+        if self._rehearsal.kl_weight == 0 or "anchors" not in self._rehearsal.sources:
+            return ()
+        folder = self._home / "data" / "anchors" / "rehearsal"
+        settings = replace(self.anchors, provider="local", folder=folder)
+        rows = await asyncio.to_thread(load_rows, settings)
+        found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+        return found.documents
 
     async def anchor_set(self, settings: AnchorSettings) -> AnchorSet:
         """The encoded anchors. Raises `AnchorsUnavailable`."""

@@ -114,6 +114,9 @@ class TrainBatch:
     data_hash: str
     number: int  # of the batch in the lineage; part of the data order's seed
     lineage: Literal["continue", "fresh"] = "continue"
+    log: tuple[Example, ...] = ()  # what was learnt before, oldest first; of it `replayable` may be trained again
+    replayable: tuple[Example, ...] = ()
+    line: tuple[str, ...] = ()  # the checkpoints that led here, newest first
 
 
 @dataclass(frozen=True, slots=True)

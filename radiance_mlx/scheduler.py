@@ -31,6 +31,7 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 4  # the first, and three times taken up again
 PERSIST_S = 1.0
 LOOK_S = 60.0
+LOG_EXAMPLES = 100_000  # the newest so many can be replayed
 
 
 @dataclass
@@ -220,6 +221,8 @@ class Scheduler:
         jobs = await self._store(lambda s: [s.job(job_id) for job_id in running.jobs])
         if any(job.cancel_requested for job in jobs):
             running.cancelled.set()
+        line = await self._line()
+        log = await self._log(line)
         return TrainBatch(
             checkpoint=running.checkpoint,
             parent=self._lineage.stable,
@@ -228,7 +231,27 @@ class Scheduler:
             data_hash=data_hash(examples),
             number=number_of(running.checkpoint),
             lineage=self._config.lineage,
+            log=tuple(example for _, example in log),
+            replayable=tuple(await self._replayable(log, jobs)),
+            line=tuple(record.checkpoint for record in line),
         )
+
+    async def _log(self, line: Sequence[CheckpointRecord]) -> list[tuple[str, Example]]:
+        """(job, example) of all that was learnt on the way here, oldest first, if anything has a use for it."""
+        replay, rehearsal = self._config.replay, self._config.rehearsal
+        if replay.fraction == 0 and rehearsal.kl_weight == 0:
+            return []
+        jobs = [job for record in reversed(line) for job in record.jobs]
+        return (await self._store(lambda s: s.examples_of(jobs)))[-LOG_EXAMPLES:]
+
+    async def _replayable(self, log: Sequence[tuple[str, Example]], jobs: Sequence[JobRecord]) -> list[Example]:
+        if not self._config.replay.by_tag:
+            return [example for _, example in log]
+        wanted = {tag for job in jobs for tag in job.tags}
+        names = list(dict.fromkeys(job for job, _ in log))
+        earlier = await self._store(lambda s: [s.job(name) for name in names])
+        sharing = {job.job_id for job in earlier if wanted.intersection(job.tags)}
+        return [example for job, example in log if job in sharing]
 
     async def _line(self) -> list[CheckpointRecord]:
         """The stable checkpoint and what led to it, newest first."""

@@ -52,8 +52,10 @@ _install() {
 
 _recommend_blas() { # MLX on Linux computes with the system's BLAS: the reference one is some 20 times slower
   [ "$(uname -s)" = Linux ] && command -v ldconfig >/dev/null 2>&1 || return 0
-  ldconfig -p 2>/dev/null | grep -q 'libopenblas' ||
-    _say "For speed on Linux: apt-get install libopenblas0-pthread (MLX computes with it)."
+  case "$(ldconfig -p 2>/dev/null)" in # not through a pipe: with pipefail, grep -q fails by ending early
+    *libopenblas*) ;;
+    *) _say "For speed on Linux: apt-get install libopenblas0-pthread (MLX computes with it)." ;;
+  esac
 }
 
 _ensure_venv() {

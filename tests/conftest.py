@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from running import Process
 
+from radiance_mlx import blas as blas  # before any test imports MLX
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_of_this_machine() -> Iterator[None]:

@@ -338,3 +338,53 @@ def test_an_entry_holds_nothing_that_could_be_trimmed():
     assert rows.is_trimmable()
     assert rows.trim(5) == 5
     assert (rows.nbytes, rows.state, rows.size(), rows.empty()) == (0, [], 0, False)
+
+
+# --- extremes of sampling ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-38, 1e-12, 1e-7, 1e-4])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 10.0])
+def test_a_tiny_top_p_is_greedy(top_p, temperature):
+    """The likeliest token always stays, also where 32 bits know the bound as 0."""
+    logits = mx.random.normal((300,), key=mx.random.key(1))
+    best = mx.argmax(logits).item()
+    assert drawn(logits, temperature, top_p, count=50)[best] == 1.0
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-5, 1e-4])
+def test_next_to_no_heat_is_greedy(temperature):
+    """Alone, and with a top_p that cuts."""
+    logits = 30.0 * mx.random.normal((300,), key=mx.random.key(1))
+    best = mx.argmax(logits).item()
+    assert drawn(logits, temperature, 1.0, count=50)[best] == 1.0
+    assert drawn(logits, temperature, 0.9, count=50)[best] == 1.0
+
+
+@pytest.mark.parametrize("temperature", [1e9, 1e30, 1e300])
+def test_endless_heat_makes_what_top_p_leaves_equally_likely(temperature):
+    """Never what top_p cut off."""
+    logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
+    assert drawn(logits, temperature, 1.0) == pytest.approx([0.25] * 4, abs=0.04)
+    assert drawn(logits, temperature, 0.7) == pytest.approx([0.5, 0.5, 0, 0], abs=0.04)
+
+
+@pytest.mark.parametrize("top_p", [0.999999, 1 - 1e-9, 1 - 2**-53])
+def test_a_top_p_just_below_1_cuts_next_to_nothing(top_p):
+    """Also where 32 bits know it as 1."""
+    logits = mx.log(mx.array([0.5, 0.3, 0.15, 0.05]))
+    assert drawn(logits, 1.0, top_p) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.04)
+
+
+def test_a_neighbour_with_top_p_cuts_nothing_off_a_row_without(base):
+    """Even the unlikeliest tokens, which 32 bits lose beside the sum, are drawn as alone when it is hot."""
+    logits = mx.array([0.0] + [-20.0] * 300)
+
+    def tokens(*neighbours):
+        rows = [RowState(0, 10.0, 1.0, seed) for seed in range(200)]
+        sampler = RowSampler(_Fixed([*rows, *neighbours]))
+        return sampler(mx.broadcast_to(logits, (len(rows) + len(neighbours), logits.size)))[: len(rows)].tolist()
+
+    alone = tokens()
+    assert len(set(alone)) > 50
+    assert tokens(RowState(0, 1.0, 0.5, 7)) == alone

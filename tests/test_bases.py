@@ -38,8 +38,6 @@ def edit(file: Path, **values):
 def quantise(folder: Path) -> None:
     from mlx_lm.utils import load, quantize_model, save_model
 
-    from radiance_mlx.engine import backend  # noqa: F401  (loads OpenBLAS before mlx)
-
     model, _, config = load(str(folder), return_config=True)
     model, config = quantize_model(model, config, group_size=32, bits=8)
     (folder / "model.safetensors").unlink()
@@ -111,8 +109,6 @@ def enlarge(folder: Path, vocab: int) -> None:
     """Rows for new tokens in the embedding."""
     import mlx.core as mx
 
-    from radiance_mlx.engine import backend  # noqa: F401
-
     weights = mx.load(str(folder / "model.safetensors"))
     old = weights["model.embed_tokens.weight"]
     fresh = mx.random.normal((vocab - old.shape[0], old.shape[1]), key=mx.random.key(0)) * 0.02
@@ -128,8 +124,6 @@ def test_gemma2_is_answered_one_row_at_a_time_and_says_so(tmp_path, folder):
     from architectures import GEMMA2
     from mlx.utils import tree_flatten
     from mlx_lm.models import gemma2
-
-    from radiance_mlx.engine import backend  # noqa: F401
 
     vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
     config = {**GEMMA2, "vocab_size": vocab, "eos_token_id": 2}
@@ -176,8 +170,6 @@ def test_modules_that_the_base_lacks_are_refused_with_what_it_has(tmp_path):
 def test_a_backend_that_the_machine_lacks_is_refused(tmp_path):
     """`backend: cuda` without CUDA is a clear error."""
     import mlx.core as mx
-
-    from radiance_mlx.engine import backend  # noqa: F401
 
     if mx.metal.is_available():
         pytest.skip("this machine has Metal; CUDA wheels do not exist for it")

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from radiance_mlx import client, errors
-from radiance_mlx.cli import demo_questions, demo_service, demo_show, examples, look, output, render, run
+from radiance_mlx.cli import demo_questions, demo_service, demo_show, examples, look, output, progress, render, run
 from radiance_mlx.cli.main import main
 from radiance_mlx.models.nano import world
 
@@ -204,6 +205,13 @@ def test_the_demo_promises_no_curve_that_is_not_measured() -> None:
         ("run --set lora.rank=8", 2),
         ("run --config no-such-file.yaml", 2),
         ("demo --name", 2),
+        ("run --set server.token=2026-13-45", 2),
+        ("run --set serving.adapter_slots=1000000000", 2),
+        ("run --set memory.cache_limit_mb=1e300", 2),
+        ("search hi --temperature nan", 2),
+        ("search \udcff\udcfe", 2),
+        ("update --input a --output \udcff", 2),
+        ("jobs cancel \udcff", 2),
         ("info --url ftp://x", 2),
     ],
 )
@@ -261,6 +269,66 @@ def test_client_commands_never_import_mlx() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3 []"
+
+
+# --- streams that are full or closed --------------------------------------------------------------------
+
+
+def run_in_a_shell(line: str) -> tuple[int, str]:
+    """`line`, in which `%` is the program, as a shell runs it: exit code and stderr."""
+    program = f"{sys.executable} -m radiance_mlx"
+    done = subprocess.run(
+        ["bash", "-c", line.replace("%", program)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["--help", "--version", "info --url 127.0.0.1:1 --json"])
+@pytest.mark.parametrize("target", [">/dev/full", ">&-"])
+def test_a_stdout_that_takes_nothing_is_one_clear_error(command: str, target: str) -> None:
+    """Help, results and errors in JSON: never a traceback, and never called a bug."""
+    code, err = run_in_a_shell(f"% {command} {target}")
+    assert code == output.FAILED
+    assert err.startswith("error: The result cannot be written: ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("target", ["2>/dev/full", "2>&-", "<&- >&- 2>&-"])
+def test_a_stderr_that_takes_nothing_changes_no_exit_code(target: str) -> None:
+    """What is said beside the result may be lost."""
+    assert run_in_a_shell(f"% nonsense {target}")[0] == output.USAGE
+    assert run_in_a_shell(f"% search hi --url 127.0.0.1:1 {target}")[0] == output.UNREACHABLE
+
+
+def test_a_closed_stdin_is_empty_input() -> None:
+    for command in ("search -", "update -"):
+        code, err = run_in_a_shell(f"% {command} <&-")
+        assert code == output.USAGE
+        assert "bug" not in err
+
+
+# --- the bar --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("state", "shown"), [("published", "200/200"), ("cancelled", "40/200"), ("failed", "40/200")])
+def test_the_bar_of_a_job_that_is_not_published_stays_where_it_was(state: str, shown: str) -> None:
+    """Only what was published is complete."""
+
+    class Ending:
+        def wait(self, job_id: str, on_progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+            steps = {"step": 40, "max_steps": 200, "loss": 1.0, "tokens_per_s": 1.0, "eta_s": 1.0, "phase": "training"}
+            on_progress({"job_id": job_id, "state": "training", "progress": steps})
+            return {"job_id": job_id, "state": state, "progress": None}
+
+    console = Console(file=io.StringIO(), width=100)
+    client_: Any = Ending()
+    assert progress.follow(client_, "job_000001", console=console).job["state"] == state
+    assert isinstance(console.file, io.StringIO)
+    last = console.file.getvalue().splitlines()[-1]
+    assert state in last
+    assert shown in last
 
 
 # --- with a running service -----------------------------------------------------------------------------
@@ -374,8 +442,8 @@ def test_an_example_that_the_service_refuses_is_named_by_its_line(
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a"}\n\n{"messages": [{"role": "user", "content": "a"}]}\n')
     code, body = call("update", str(file))
-    assert (code, body["error"]["code"]) == (output.FAILED, "invalid_request")
-    assert main(["update", str(file), "--url", service]) == output.FAILED
+    assert (code, body["error"]["code"]) == (output.USAGE, "invalid_request")
+    assert main(["update", str(file), "--url", service]) == output.USAGE
     assert "- line 3: messages" in capsys.readouterr().err
 
 
@@ -385,8 +453,6 @@ def test_an_example_that_the_service_refuses_is_named_by_its_line(
         ("checkpoints A_2000-01-01_0001", "not_found"),
         ("jobs job_999999", "not_found"),
         ("jobs ../info", "not_found"),
-        ("jobs --state sleeping", "invalid_request"),
-        ("search hi --temperature 99", "invalid_request"),
         ("search hi --checkpoint A_2000-01-01_0001", "not_found"),
         ("search hi --stream --checkpoint A_2000-01-01_0001", "not_found"),
         ("rollback A_2000-01-01_0001", "not_found"),
@@ -395,6 +461,29 @@ def test_an_example_that_the_service_refuses_is_named_by_its_line(
 def test_errors_of_the_service_exit_with_1_and_keep_their_code(call: Call, command: str, error: str) -> None:
     code, body = call(*command.split())
     assert (code, body["error"]["code"]) == (output.FAILED, error)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["jobs", "--state", "sleeping"],
+        ["jobs", "--limit", "100000"],
+        ["search", "hi", "--temperature", "99"],
+        ["search", "hi", "--max-tokens", "0"],
+        ["search", "hi", "--seed", "-1", "--stream"],
+        ["search", "hi", "--stop", ""],
+        ["update", "--input", "a", "--output", "b", "--tag", ""],
+        ["update", "--input", "a", "--output", "b", "--idempotency-key", ""],
+        ["rollback", "base", "--reason", "x" * 3000],
+        ["eval", "--anchor-split", ""],
+    ],
+)
+def test_what_the_service_refuses_of_what_was_typed_exits_with_2(call: Call, words: list[str]) -> None:
+    """As what a command itself refuses; nothing is done."""
+    before = call("jobs", "--limit", "1")[1]["jobs"]
+    code, body = call(*words)
+    assert (code, body["error"]["code"]) == (output.USAGE, "invalid_request")
+    assert call("jobs", "--limit", "1")[1]["jobs"] == before
 
 
 def test_tables_show_what_is_there(call: Call, service: str, capsys: pytest.CaptureFixture[str]) -> None:

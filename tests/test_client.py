@@ -151,3 +151,69 @@ def test_another_program_on_the_port_is_recognised(stranger: str) -> None:
             with pytest.raises(errors.RadianceError, match="is not this service") as caught:
                 ask()
             assert caught.value.code == "bad_answer"
+
+
+# --- what cannot be sent -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorder() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """A server that notes path and Idempotency-Key of each request, and accepts everything."""
+    seen: list[tuple[str, str | None]] = []
+
+    class Page(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append((self.path, self.headers.get("idempotency-key")))
+            self.send_response(202)
+            self.end_headers()
+            self.wfile.write(b'{"job_id": "job_000001"}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", seen
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_an_empty_idempotency_key_is_sent_and_no_key_is_none(
+    recorder: tuple[str, list[tuple[str, str | None]]],
+) -> None:
+    """The service refuses it; left out, every repetition would make another job."""
+    url, seen = recorder
+    with client.Client(url) as c:
+        for key in ("", "ä", None):
+            c.update([{"text": "a"}], idempotency_key=key)
+    assert [key for _, key in seen] == ["", "ä".encode().decode("latin-1"), None]
+
+
+def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
+    """NaN, infinity and bytes that are no text, wherever they stand; no service is needed to say so."""
+    with client.Client(f"http://127.0.0.1:{free_port()}") as c:
+        for ask, field in (
+            (lambda: c.search("hi", temperature=float("nan")), "temperature"),
+            (lambda: c.search("\udcff"), "prompt"),
+            (lambda: list(c.stream("hi", top_p=float("inf"), stop=["\udcff"])), "top_p"),
+            (lambda: c.update([{"text": "a"}, {"text": "\ud800"}]), "examples.1.text"),
+            (lambda: c.update([{"text": "a"}], tags=["\udcff"]), "tags.0"),
+            (lambda: c.rollback("base", "\udcff"), "reason"),
+            (lambda: c.evaluate(against="\udcff"), "against"),
+        ):
+            with pytest.raises(errors.InvalidRequest, match="cannot be sent") as caught:
+                ask()
+            assert caught.value.details[0]["field"] == field
+        for ask in (
+            lambda: c.update([{"text": "a"}], idempotency_key="\udcff"),
+            lambda: c.jobs(state="\udcff"),
+            lambda: c.job("\udcff"),
+            lambda: c.job(""),
+            lambda: c.cancel(""),
+            lambda: c.checkpoint("\udcff"),
+        ):
+            with pytest.raises(errors.InvalidRequest, match="cannot be sent"):
+                ask()

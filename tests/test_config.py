@@ -210,14 +210,11 @@ def test_config_yaml_explains_every_key_once_with_its_default():
 
 
 def test_config_yaml_says_what_a_key_does_not_do_alone():
-    """An open host needs allowed_hosts as well, and anchors are not measured."""
+    """An open host needs allowed_hosts as well."""
     text = (ROOT / "config.yaml").read_text()
     host = text[text.index("  host:") : text.index("  port:")]
     assert "token" in host
     assert "allowed_hosts, e.g. [mini.local]" in host
-    evaluation = text[text.index("evaluation:") : text.index("  catastrophic_delta:")]
-    assert "does not measure anchors" in evaluation
-    assert "no effect yet" in evaluation
 
 
 def test_the_repositorys_config_yaml_loads():
@@ -341,3 +338,43 @@ def test_keys_that_are_no_names_are_faults(tmp_path):
 def test_a_home_of_nobody_is_no_crash():
     """`~somebody` without such a user is a path like any other."""
     assert load_config(environ={"RADIANCE_HOME": "~no-such-user/x"}).home.name == "x"
+
+
+def _numbers():
+    """Every key that takes a number."""
+    for path, kind in known_paths():
+        members = getattr(kind, "__args__", (kind,))
+        if int in members or float in members:
+            yield path, 10**30 if int in members else 1e300
+
+
+@pytest.mark.parametrize(("path", "value"), _numbers())
+def test_a_number_of_no_sensible_size_is_a_fault_with_its_key(path, value):
+    """Nothing that overflows later, in MLX or in SQLite, gets through; whatever the sign."""
+    for huge in (value, -value):
+        with pytest.raises(ConfigError) as caught:
+            load_config(flags={path: huge}, environ={})
+        assert [fault["key"] for fault in caught.value.details] == [path]
+
+
+def test_as_many_slots_as_no_memory_holds_are_a_fault(tmp_path):
+    """The bank is one stack for each linear: a size that MLX cannot even ask for would end the process."""
+    assert faults(tmp_path, serving__adapter_slots=1_000_000_000).details[0]["key"] == "serving.adapter_slots"
+    assert load(tmp_path, serving__adapter_slots=64).serving.adapter_slots == 64
+
+
+@pytest.mark.parametrize("token", ["pässword", "a\nb", "tab\t", "\udcff", "\x7f"])
+def test_a_token_that_no_header_can_carry_is_a_fault(tmp_path, token):
+    """Printable ASCII only; an open host beside it is not a second fault."""
+    error = faults(tmp_path, server__token=token, server__host="0.0.0.0")
+    assert [fault["key"] for fault in error.details] == ["server.token"]
+    assert "printable ASCII" in error.message
+    assert load(tmp_path, server__token="a b~!").server.token == "a b~!"
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "1" * 5000, "[" * 5000])
+def test_what_yaml_cannot_read_is_a_clear_error(tmp_path, value):
+    """A day that no calendar has, thousands of digits, nesting without end: in the file and in a variable."""
+    assert "config.yaml" in faults(tmp_path, f"base_model: {value}").message
+    error = faults(tmp_path, environ={"RADIANCE_MODEL__CHAT_TEMPLATE_ARGS__A": value})
+    assert error.details[0]["key"] == "model.chat_template_args.a"

@@ -1,7 +1,9 @@
 """Answers of the real embedded model through the decoder: sampling, stops, prefixes, room, leaving."""
 
+import copy
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
 from radiance_mlx.config import Config
@@ -15,11 +17,6 @@ from radiance_mlx.lora.encoding import ChatEncoder
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.messages import Answer, Generate, Sampling, TextDelta
 from radiance_mlx.models.nano import world
-
-# isort: split
-import copy
-
-import mlx.core as mx
 
 GREEDY = Sampling(max_tokens=24, temperature=0)
 

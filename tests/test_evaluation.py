@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given
@@ -18,10 +20,6 @@ from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.lora.tree import make_tree
-
-# isort: split
-import mlx.core as mx
-import numpy as np
 
 #: two documents of two and one tokens over three words: the base, the parent, the new checkpoint, what came
 BASE = [[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.25, 0.25, 0.5]]

@@ -268,3 +268,23 @@ def test_a_rollback_while_an_update_is_measured_trains_it_again_from_there(home)
         with pytest.raises(Conflict):
             service.call(service.service.cancel(job_id))
         assert service.checkpoints()[second].status == "rolled_back"
+
+
+def test_merging_toward_the_base_answers_with_part_of_what_was_learnt(home):
+    """The adapter's file says so, for mlx-lm too; figures are of what answers; training goes on from the whole."""
+    merged = home / "merged"
+    put_anchors(merged)
+    with running(home, LOCAL, training__max_steps=12) as service:
+        whole = learnt(service, FACTS[0])
+    with running(merged, LOCAL, training__max_steps=12, serving__merge_toward_base=0.5) as service:
+        part = learnt(service, FACTS[0])
+        second = learnt(service, FACTS[1])
+        notes = [note for job in ("job_000001", "job_000002") for note in service.job(job).notes]
+    assert 0 < part.metrics["forgetting_kl"] < whole.metrics["forgetting_kl"]
+    assert part.metrics["finetune_loss"] > whole.metrics["finetune_loss"]
+    one = files.load_adapter(home / "adapters" / whole.checkpoint)
+    half = files.load_adapter(merged / "adapters" / part.checkpoint)
+    assert half.scale == one.scale / 2
+    assert all((half.weights[path][1] == one.weights[path][1]).all().item() for path in one.weights)
+    assert second.parent == part.checkpoint
+    assert not any("fresh" in note for note in notes)

@@ -425,7 +425,7 @@ def test_our_own_pages_and_listed_origins_are_let_in_without_cors(client):
 def guarded(tmp_path_factory):
     """A service with a token, whose model is not loaded yet."""
     loop = LoopThread()
-    flags = {"server.token": "s3crét", "server.port": 0}
+    flags = {"server.token": "s3cret", "server.port": 0}
     service = Service(load_config(home=tmp_path_factory.mktemp("guarded"), flags=flags, environ={}))
     service.open()
     try:
@@ -439,7 +439,7 @@ def guarded(tmp_path_factory):
 def test_before_the_model_is_there_the_process_is_healthy_and_not_ready(guarded):
     assert (guarded.get("/healthz").status_code, guarded.get("/healthz").json()) == (200, {"status": "ok"})
     assert (guarded.get("/readyz").status_code, guarded.get("/readyz").json()) == (503, {"status": "not ready"})
-    headers = {"authorization": "Bearer s3crét".encode()}
+    headers = {"authorization": "Bearer s3cret"}
     for response in (
         guarded.get("/info", headers=headers),
         guarded.post("/search", json={"prompt": "a"}, headers=headers),
@@ -449,7 +449,9 @@ def test_before_the_model_is_there_the_process_is_healthy_and_not_ready(guarded)
         assert response.headers["retry-after"]
 
 
-@pytest.mark.parametrize("given", [None, "Bearer", "Bearer wrong", "s3crét", "Basic s3crét", "Bearer s3crét x"])
+@pytest.mark.parametrize(
+    "given", [None, "Bearer", "Bearer wrong", "s3cret", "Basic s3cret", "Bearer s3cret x", "Bearer s3crét"]
+)
 def test_without_the_token_nothing_but_health_is_told(guarded, given):
     headers = {"authorization": given.encode()} if given else {}
     for path in ("/info", "/openapi.json", "/nothing"):
@@ -460,7 +462,7 @@ def test_without_the_token_nothing_but_health_is_told(guarded, given):
 
 def test_with_the_token_one_is_let_in(guarded):
     for scheme in ("Bearer", "bearer"):
-        assert guarded.get("/openapi.json", headers={"authorization": f"{scheme} s3crét".encode()}).status_code == 200
+        assert guarded.get("/openapi.json", headers={"authorization": f"{scheme} s3cret"}).status_code == 200
 
 
 def test_it_is_ready_once_it_can_answer(client):

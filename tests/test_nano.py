@@ -2,23 +2,20 @@
 
 import random
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import BatchGenerator
 
 from radiance_mlx.config import Config, load_config
 from radiance_mlx.engine import backend
 from radiance_mlx.engine.model import load_base
-from radiance_mlx.models.nano import world
-
-# isort: split
-import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
-
 from radiance_mlx.lora.encoding import ChatEncoder
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import make_tree
 from radiance_mlx.messages import Example
+from radiance_mlx.models.nano import world
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +13,7 @@ from running import ENDLESS, FACTS, Process, until
 
 #: saved all the time: to be killed in the middle and gone on with
 LONG = {"training.max_steps": 60, "training.batch_size": 1, "training.save_every_s": 0.01}
-MAIN = "import sys; from radiance_mlx.cli.main import main; sys.exit(main())"
+MAIN = "import sys; from radiance_mlx.__main__ import main; sys.exit(main())"
 #: the same program, which ends as by `kill -9` at a given place
 DIES_BEFORE_THE_ROW = (
     "import os; from radiance_mlx.lineage import Lineage\n"
@@ -216,3 +218,32 @@ def test_a_cancellation_that_was_accepted_holds_after_kill_9(start):
     second = start().ready()
     assert second.wait(job, "cancelled")["checkpoint"] is None
     assert second.get("/checkpoints")["checkpoints"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it_with_exit_code_0(tmp_path, number):
+    """From the first import on, long before the service handles signals itself; silently."""
+    slow = "import sys; from radiance_mlx import __main__ as start; sys.argv = ['x', 'run']\n"
+    stuck = "import builtins, time; whole = builtins.__import__\n" + slow
+    stuck += "def slowly(name, *rest):\n    print('importing', flush=True); time.sleep(60)\n"
+    stuck += "builtins.__import__ = slowly\nsys.exit(start.main())"
+    process = subprocess.Popen([sys.executable, "-c", stuck], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_imports_and_the_service_ends_it_with_exit_code_0(start, number):
+    """Also when the program was started by its installed name, which imports it first."""
+    script = (
+        "import sys, time; from radiance_mlx.api import server\n"
+        "def opens(*_): print('opening', flush=True); time.sleep(60)\n"
+        "server.serve = opens\nfrom radiance_mlx.__main__ import main; sys.exit(main())"
+    )
+    process = start(script=script)
+    until(lambda: "opening" in process.log)
+    process.signal(number)
+    assert process.exit_code(10) == 0
+    assert process.log == "opening\n"

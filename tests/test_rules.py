@@ -11,7 +11,7 @@ from running import REPOSITORY
 PACKAGE = REPOSITORY / "radiance_mlx"
 #: the layers from below; a module may import its own layer and those before it
 LAYERS = (
-    ("errors", "messages", "config", ""),
+    ("errors", "messages", "config", "blas", ""),
     ("models", "store", "lora", "evaluation", "checkpoints", "storage", "triggers", "curation", "client"),
     ("engine",),
     ("lineage", "evaluator", "scheduler"),
@@ -27,6 +27,7 @@ BESIDE = {
     "checkpoints": {"store"},
     "storage": {"store"},
     "evaluation": {"lora"},
+    "lora": {"checkpoints"},
     "scheduler": {"lineage", "evaluator"},
     "__main__": {"cli"},
 }

@@ -9,8 +9,6 @@ import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from radiance_mlx.engine import backend  # isort: skip  (before mlx: it loads OpenBLAS)
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -35,7 +33,6 @@ from radiance_mlx.lora.targets import Targets, find_targets, input_dims
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import TrainingTree, make_tree
 
-assert backend
 mx.disable_compile()  # as the engine does on the CPU
 
 VOCAB = 96

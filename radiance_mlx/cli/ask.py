@@ -76,12 +76,14 @@ def search(
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or stdin for `-`. Raises `BadInput` when it is empty or not UTF-8."""
+    """The prompt itself, or stdin for `-`. Raises `BadInput` when it is empty, not UTF-8 or cannot be read."""
     if prompt == "-":
         try:
             prompt = sys.stdin.buffer.read().decode().strip()
         except UnicodeDecodeError as error:
             raise output.BadInput(f"stdin is not UTF-8: {error}") from error
+        except OSError as error:
+            raise output.BadInput(f"stdin cannot be read: {error.strerror}.") from error
     if not prompt.strip():
         raise output.BadInput("The prompt is empty.", 'Like this: search "Where does Ada Abbott live?"')
     return prompt

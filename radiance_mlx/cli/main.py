@@ -61,18 +61,29 @@ for module in (run, ask, teach, look, evaluate, demo):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code says how it went (see `--help`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _never_fail_to_encode()
+    with output.sound_streams():
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+        except output.CannotWrite as error:  # nor could an error be told there as JSON
+            output.show_error(error, as_json=False)
+            return output.exit_code(error)
+        except BrokenPipeError:  # as in `… | head`
+            return output.FAILED
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
     try:
         return int(app(args=arguments, prog_name=_program(), standalone_mode=False) or output.OK)
+    except (output.CannotWrite, BrokenPipeError):
+        raise
     except RadianceError as error:
         output.show_error(error, as_json)
         return output.exit_code(error)
     except (KeyboardInterrupt, typer.Abort):
         return output.INTERRUPTED
-    except BrokenPipeError:  # as in `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return output.FAILED
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: wrong usage
             return _wrong_usage(error, as_json)
@@ -95,11 +106,3 @@ def _wrong_usage(error: Exception, as_json: bool) -> int:
 def _program() -> str:
     started_as_module = os.path.basename(sys.argv[0]) in ("__main__.py", "-m", "")
     return "python -m radiance_mlx" if started_as_module else PROGRAM
-
-
-def _never_fail_to_encode() -> None:
-    """A terminal that cannot show a character gets a question mark instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure:
-            reconfigure(errors="replace")

@@ -4,11 +4,14 @@ Machine output goes to stdout alone; whatever is said to people besides the resu
 from models and users is never read as markup, and its control characters never reach a terminal.
 """
 
+import contextlib
 import json
+import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ConfigError, InvalidRequest, RadianceError, ServiceUnreachable
 
@@ -31,11 +34,87 @@ class BadInput(InvalidRequest):
     """What was handed to a command cannot be used; nothing was sent."""
 
 
+class CannotWrite(RadianceError):
+    """stdout does not take the result: a full disk, a closed descriptor. (A reader that left: `BrokenPipeError`.)"""
+
+    code = "output_failed"
+
+
 def exit_code(error: RadianceError) -> int:
-    """The exit code for `error`."""
+    """The exit code for `error`; what was typed is as wrong when the service says so as when a command does."""
     if isinstance(error, ServiceUnreachable):
         return UNREACHABLE
-    return USAGE if isinstance(error, (ConfigError, BadInput)) else FAILED
+    return USAGE if isinstance(error, (ConfigError, InvalidRequest)) else FAILED
+
+
+# --- the streams ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sound_streams() -> Iterator[None]:
+    """Inside, all three standard streams are there, and their faults are no bugs.
+
+    What stdout does not take is `CannotWrite`, or `BrokenPipeError`; what stderr does not take is dropped. A
+    character that a terminal cannot show becomes a question mark.
+    """
+    _fill_closed()
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure:
+            reconfigure(errors="replace")
+    out_stream: Any = _Guarded(sys.stdout, told=True)
+    err_stream: Any = _Guarded(sys.stderr, told=False)
+    with contextlib.redirect_stdout(out_stream), contextlib.redirect_stderr(err_stream):
+        yield
+
+
+def _fill_closed() -> None:
+    """A stream that the caller closed (`>&-`): nothing comes from stdin, stdout refuses, stderr is silent."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:  # else the next file or socket would get this number, and what is meant for the stream
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY if fd == 2 else os.O_RDONLY), True)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+class _Guarded:
+    """A text stream for output. After a fault it leads nowhere; if `told`, every write from then on raises it."""
+
+    def __init__(self, stream: TextIO, told: bool) -> None:
+        self._stream, self._told = stream, told
+        self._fault: Exception | None = None
+
+    def write(self, text: str) -> int:
+        if self._fault is None:
+            self._do(lambda: self._stream.write(text))
+        elif self._told:
+            raise self._fault
+        return len(text)
+
+    def flush(self) -> None:
+        if self._fault is None:
+            self._do(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _do(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # or Python's flush at its end fails once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            gone = isinstance(error, BrokenPipeError)
+            said = f"The result cannot be written: {error.strerror or error}."
+            self._fault = error if gone else CannotWrite(said)
+            if self._told:
+                raise self._fault from None
+
+
+# --- what is written ------------------------------------------------------------------------------------
 
 
 @cache

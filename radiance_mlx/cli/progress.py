@@ -40,8 +40,10 @@ def follow(client: "Client", job_id: str, *, quiet: bool = False, console: "Cons
             bar.update(task, **bar_facts(job))
 
         followed.job = client.wait(job_id, show)
-        done = bar.tasks[task].total or 1
-        bar.update(task, total=done, completed=done, description=str(followed.job.get("state")), words="")
+        bar.update(task, description=str(followed.job.get("state")), words="")
+        if followed.job.get("state") == "published":  # any other end leaves the bar where it was
+            done = bar.tasks[task].total or 1
+            bar.update(task, total=done, completed=done)
     return followed
 
 

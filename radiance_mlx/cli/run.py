@@ -44,6 +44,10 @@ def run(
     batch_max_age_min: Annotated[
         float | None, typer.Option(help="or when its oldest is so many minutes old.", show_default=False)
     ] = None,
+    preset: Annotated[
+        Literal["none", "lasting"] | None,
+        typer.Option(help="lasting: what keeps earlier lessons best; costs training time.", show_default=False),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration file.", metavar="FILE", show_default=False)] = None,
     home: Annotated[
         Path | None,
@@ -70,6 +74,7 @@ def run(
 
     named = {
         "backend": backend,
+        "preset": preset,
         "base_model": base_model,
         "update_mode": update_mode,
         "batch.max_examples": batch_max_examples,
@@ -90,6 +95,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     """`["lora.r=16"]` as `{"lora.r": 16}`; values are YAML."""
     import yaml
 
+    from ..config.loading import NOT_YAML
+
     parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -97,7 +104,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {setting!r} is not KEY=VALUE.", "Like this: --set training.lr=1e-4")
         try:
             parsed[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except NOT_YAML as error:
             raise ConfigError(f"The value of --set {setting!r} is not YAML.", str(error)) from error
     return parsed
 
@@ -109,7 +116,8 @@ def announcer(as_json: bool, secured: bool) -> Announce:
     def announce(event: str, facts: dict[str, Any]) -> None:
         nonlocal url
         url = str(facts.get("url", url))
-        with contextlib.suppress(BrokenPipeError):  # whoever read the announcements has left; serve on
+        # whoever read the announcements has left; serve on
+        with contextlib.suppress(BrokenPipeError, output.CannotWrite):
             if as_json:
                 output.print_json({"event": event, **facts})
             else:

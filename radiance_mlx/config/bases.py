@@ -53,8 +53,25 @@ def expanded(path: str) -> Path:
         return Path(path)
 
 
+#: what a preset turns on for any base; a base's own `radiance.json` may say more under `presets`
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "lasting": {"replay": {"fraction": 0.5}, "rehearsal": {"kl_weight": 3.0, "rewording": True}},
+}
+
+
 def recommended_values(name: str) -> dict[str, Any]:
     """The sections of the base's own `radiance.json`, or nothing. Raises `ConfigError` if it is not JSON."""
+    return {key: value for key, value in _own_values(name).items() if key in RECOMMENDED_SECTIONS}
+
+
+def preset_values(name: str, preset: str) -> list[dict[str, Any]]:
+    """What a preset means, weakest first: for any base, and for this one. Unknown presets mean nothing here."""
+    own = _own_values(name).get("presets")
+    return [PRESETS.get(preset, {}), own.get(preset, {}) if isinstance(own, dict) else {}]
+
+
+def _own_values(name: str) -> dict[str, Any]:
     where = resolve(name)
     file = where / "radiance.json" if isinstance(where, Path) else None
     if file is None or not file.is_file():
@@ -65,4 +82,4 @@ def recommended_values(name: str) -> dict[str, Any]:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold an object, not a {type(values).__name__}.")
-    return {key: value for key, value in values.items() if key in RECOMMENDED_SECTIONS}
+    return values

@@ -24,6 +24,8 @@ from .schema import Config
 ENV_PREFIX = "RADIANCE_"
 #: environment variables of the commands, not of the configuration
 OTHER_VARIABLES = {"RADIANCE_URL", "RADIANCE_HOME", "RADIANCE_CONFIG"}
+#: what PyYAML raises: also for a day that no calendar has, thousands of digits, or nesting without end
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 #: below this, every key is the user's own
 FREE_FORM = "model.chat_template_args."
 
@@ -63,6 +65,9 @@ def load_config(
         merged = _merge(merged, values)
     base = merged.get("base_model", Config.model_fields["base_model"].default)
     recommended = bases.recommended_values(base) if isinstance(base, str) else {}
+    if isinstance(base, str) and isinstance(preset := merged.get("preset", "none"), str):
+        for values in bases.preset_values(base, preset):
+            recommended = _merge(recommended, values)
     merged = _merge(recommended, merged)
     config = _validate(merged, sources, faults)
     return Loaded(config, (home or (file.parent if file else _user_home())).absolute(), file)
@@ -89,7 +94,7 @@ def _find_file(asked: Path | None, home: Path | None) -> Path | None:
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (*NOT_YAML, OSError) as error:
         raise ConfigError(f"{file} cannot be read: {error}", "It must be YAML in UTF-8.") from error
     if values is None:
         return {}
@@ -117,7 +122,7 @@ def _read_environment(environ: Mapping[str, str], faults: list[dict[str, str]]) 
             continue
         try:
             flat[path] = yaml.safe_load(text) if free else _value_of(text, known[path])
-        except yaml.YAMLError as error:
+        except NOT_YAML as error:
             faults.append({"key": path, "where": f"environment, {name}", "problem": f"is not YAML: {error}"})
     return _nested(flat, "environment", faults)
 

@@ -27,9 +27,21 @@ def _none_is_a_word(value: Any) -> Any:
     return "none" if value is False else value
 
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+#: counts: what MLX takes as a size, and SQLite as a number, with room for products of two
+MANY = 2**31 - 1
+#: factors: what 32-bit floats hold, with room for sums
+BIG = 1e30
+#: seconds, minutes, milliseconds: beyond it, waiting overflows somewhere
+LONG = 1e9
+#: sizes in memory or on disk: their bytes must fit in 63 bits
+MOST_MB, MOST_GB = 1e9, 1e6
+MOST_SLOTS = 1024
+
+Positive = Annotated[int, Field(ge=1, le=MANY)]
+NotNegative = Annotated[int, Field(ge=0, le=MANY)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Factor = Annotated[float, Field(gt=0, le=BIG)]
+Duration = Annotated[float, Field(gt=0, le=LONG)]
 
 
 def is_loopback(host: str) -> bool:
@@ -63,10 +75,10 @@ class LoraSection(Section):
     """Shape of the adapters. `alpha` becomes mlx-lm's `scale = alpha / r`."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16
+    alpha: Factor = 16
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     target_modules: str | list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    num_layers: int = -1
+    num_layers: Annotated[int, Field(le=MANY)] = -1
 
     @field_validator("num_layers")
     @classmethod
@@ -91,29 +103,50 @@ class TrainingSection(Section):
 
     batch_size: Positive = 1
     grad_accum: Positive = 16
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Factor = 1e-4
     max_steps: Positive = 200
     eval_every: NotNegative = 1
     optimizer: Literal["adam", "adamw"] = "adam"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=BIG)] = 0.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: NotNegative = 0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Factor | None = 1.0
     mask_prompt: bool = True
-    max_seq_length: Annotated[int, Field(ge=8)] = 2048
-    stop_loss: Annotated[float, Field(gt=0)] | None = None
+    max_seq_length: Annotated[int, Field(ge=8, le=MANY)] = 2048
+    stop_loss: Factor | None = None
     grad_checkpoint: bool = False
-    seed: NotNegative = 0
-    slice_ms: Annotated[float, Field(ge=0)] = 50.0
+    seed: Seed = 0
+    slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    save_every_s: Annotated[float, Field(gt=0)] = 30.0
+    save_every_s: Duration = 30.0
+
+
+class ReplaySection(Section):
+    """Earlier examples among the new ones: `fraction` of each optimizer step's rows."""
+
+    fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    reservoir: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    by_tag: bool = False
+
+
+class RehearsalSection(Section):
+    """What the base says, rehearsed while new things are learnt: `kl_weight` times the divergence from it."""
+
+    kl_weight: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    sources: list[Literal["self", "neighbours", "anchors"]] = ["self", "neighbours"]
+    rows: Annotated[int, Field(ge=1, le=4096)] = 8
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 400
+    sample_tokens: Annotated[int, Field(ge=8, le=4096)] = 64
+    sample_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    neighbours: Annotated[int, Field(ge=1, le=1000)] = 6
+    rewording: bool = False
 
 
 class BatchSection(Section):
     """When `update_mode: batched` starts to train: whichever comes first."""
 
     max_examples: Positive = 128
-    max_age_minutes: Annotated[float, Field(gt=0)] = 30
+    max_age_minutes: Duration = 30
 
 
 class EvaluationSection(Section):
@@ -127,11 +160,11 @@ class EvaluationSection(Section):
     anchor_split: str = "train"
     anchor_sample: Positive = 1000
     anchor_columns: list[str] = []
-    anchor_max_tokens: Annotated[int, Field(ge=8)] = 128
-    anchor_seed: NotNegative = 0
+    anchor_max_tokens: Annotated[int, Field(ge=8, le=MANY)] = 128
+    anchor_seed: Seed = 0
     require_anchors: bool = False
     rollback_mode: Annotated[Literal["off", "warn", "auto_rollback"], BeforeValidator(_off_is_a_word)] = "off"
-    catastrophic_delta: float = 0.25
+    catastrophic_delta: Annotated[float, Field(ge=-BIG, le=BIG)] = 0.25
     metric: Literal["forgetting_loss_delta", "forgetting_kl", "drift_kl", "anchor_ce_delta"] = "forgetting_loss_delta"
     confidence: Literal["mean", "lower_bound"] = "mean"
     scale_first: bool = False
@@ -147,14 +180,22 @@ class ServerSection(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     allowed_hosts: list[str] = []
     allowed_origins: list[str] = []
-    max_body_mb: Annotated[float, Field(gt=0)] = 16
-    body_timeout_s: Annotated[float, Field(gt=0)] = 30
+    max_body_mb: Annotated[float, Field(gt=0, le=MOST_MB)] = 16
+    body_timeout_s: Duration = 30
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("token")
+    @classmethod
+    def _can_be_sent(cls, token: str | None) -> str | None:
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("may hold printable ASCII characters only: it is sent in a header")
+        return token
 
     @field_validator("host")
     @classmethod
     def _beyond_this_machine_only_with_a_token(cls, host: str, info: ValidationInfo) -> str:
-        if not is_loopback(host) and not info.data.get("token"):
+        # a token that is at fault is not there: that fault is told, and is enough
+        if not is_loopback(host) and not info.data.get("token", "faulty"):
             raise ValueError(f"{host} is reachable from outside this machine: set server.token too, or use 127.0.0.1")
         return host
 
@@ -170,17 +211,18 @@ class ServingSection(Section):
 
     max_batch: Positive = 16
     prefill_step_size: Positive = 512
-    adapter_slots: Annotated[int, Field(ge=3)] = 8
-    prompt_cache_mb: Annotated[float, Field(ge=0)] = 256
+    adapter_slots: Annotated[int, Field(ge=3, le=MOST_SLOTS)] = 8
+    prompt_cache_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 256
     max_waiting: Positive = 256
     max_context: Positive | None = None
+    merge_toward_base: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
 
 
 class MemorySection(Section):
     """Bounds on what MLX may take. Unset limits come from the device."""
 
-    limit_gb: Annotated[float, Field(gt=0)] | None = None
-    cache_limit_mb: Annotated[float, Field(ge=0)] = 1024
+    limit_gb: Annotated[float, Field(gt=0, le=MOST_GB)] | None = None
+    cache_limit_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 1024
     wired: bool = False
 
 
@@ -206,12 +248,15 @@ class Config(BaseSettings):
         return (init_settings,)
 
     backend: Literal["auto", "metal", "mps", "cuda", "cpu"] = "auto"
+    preset: Annotated[Literal["none", "lasting"], BeforeValidator(_none_is_a_word)] = "none"
     base_model: Annotated[str, Field(min_length=1)] = "nano"
     update_mode: Literal["immediate", "batched"] = "batched"
     lineage: Literal["continue", "fresh"] = "continue"
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
     training: TrainingSection = TrainingSection()
+    replay: ReplaySection = ReplaySection()
+    rehearsal: RehearsalSection = RehearsalSection()
     batch: BatchSection = BatchSection()
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()
@@ -226,4 +271,7 @@ class Config(BaseSettings):
                 "training.grad_checkpoint with training.slice_ms: 0 needs lora.dropout: 0 "
                 "(mlx-lm's recomputation draws another dropout mask)"
             )
+        lasting = self.replay.fraction > 0 or self.rehearsal.kl_weight > 0 or self.rehearsal.rewording
+        if self.training.slice_ms == 0 and lasting:
+            raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) knows no replay and no rehearsal")
         return self

@@ -1,19 +1,8 @@
-"""Choosing the device, and what must happen before MLX is first used.
+"""Choosing the device, and the bounds on its memory."""
 
-Importing this module loads OpenBLAS ahead of MLX where the system has it: the Linux wheel's own BLAS is some
-30 times slower. So import it before `mlx` anywhere.
-"""
-
-import contextlib
-import ctypes
 import platform
-import sys
 from dataclasses import dataclass
 from typing import Any
-
-if sys.platform == "linux":
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
 
 import mlx.core as mx
 

@@ -12,10 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import backend as backends  # before mlx: it loads OpenBLAS
-from .backend import Backend
-
-# isort: split
 import mlx.core as mx
 
 from ..checkpoints import folder as folders
@@ -29,6 +25,8 @@ from ..lora.encoding import ChatEncoder
 from ..lora.head import install_head
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
+from . import backend as backends
+from .backend import Backend
 from .decoder import Decoder, Sink
 from .measuring import Measurements, MeasuringTask
 from .model import load_base

@@ -14,7 +14,6 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache
 
-
 #: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
 GROWTH = 64
 

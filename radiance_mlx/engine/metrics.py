@@ -35,6 +35,7 @@ def training_metrics(
         "first_loss": steps[0]["loss"] if steps else None,
         "last_step_loss": steps[-1]["loss"] if steps else None,
         "examples": len(batch.examples),
+        "trained_examples": len(trainer.examples),
         "target_tokens": sum(e.targets for e in trainer.examples),
         "steps": trainer.step,
         "trained_tokens": trainer.trained_tokens,

@@ -26,6 +26,7 @@ from ..lora import files, memory
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_head
+from ..lora.lasting import Asked, Lasting, Lesson
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
@@ -77,6 +78,13 @@ class TrainingTask:
         self._files = ThreadPoolExecutor(1, thread_name_prefix="radiance-files")
         self._final: list[float] = []
         self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings.max_seq_length)
+        self._lasting: Lasting | None = None
+        self._rehearsed_anchors = plan.rehearsed if plan else ()
+        if Lasting.wanted(config.replay, config.rehearsal):
+            asked = Asked(
+                base.module, base.vocab_size, encoder, targets, home / "state" / "rehearsal", base.fingerprint
+            )
+            self._lasting = Lasting(asked, config.replay, config.rehearsal)
         self._head: TargetRows | None = None
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
@@ -105,8 +113,23 @@ class TrainingTask:
         self._preflight(self._bank_bytes)
         mx.reset_peak_memory()
         yield Piece([], barrier=True)
+        if self._lasting:
+            yield from self._lasting.prepare(self._lesson(), self._rehearsed_anchors)
         self._prepared = self._prepare()
         yield Piece([], barrier=True)
+
+    def _lesson(self) -> Lesson:
+        batch = self.batch
+        return Lesson(
+            checkpoint=batch.checkpoint,
+            number=batch.number,
+            examples=batch.examples,
+            log=batch.log,
+            replayable=batch.replayable,
+            line=batch.line,
+            seed=self._settings.seed,
+            max_tokens=self._settings.max_seq_length,
+        )
 
     def _preflight(self, bank_bytes: int) -> None:
         needed = memory.estimate(
@@ -136,7 +159,17 @@ class TrainingTask:
             plain=whole,
         )
         self._head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
-        trainer = Trainer(tree, self._head, self._examples, self._settings, self.batch.number, self._after_step)
+        lasting = self._lasting
+        trainer = Trainer(
+            tree,
+            self._head,
+            [*self._examples, *(lasting.examples if lasting else [])],
+            self._settings,
+            self.batch.number,
+            self._after_step,
+            replay=lasting.replay if lasting else None,
+            rehearsal=lasting.rehearsal if lasting else None,
+        )
         fitted = trainer.args
         if fitted.grad_accumulation_steps < self._settings.grad_accum:
             self._notes.append(
@@ -159,7 +192,7 @@ class TrainingTask:
         verify(folder, read(folder)["files"])
         weights = files.load_arrays(folder / files.ADAPTER_FILE)
         changed = [] if trainer.tree.fits(weights) else ["lora.r or lora.target_modules"]
-        if not math.isclose(files.load_adapter(folder).scale, self._config.lora.scale):
+        if not math.isclose(_trained_scale(folder), self._config.lora.scale):
             changed.append("lora.alpha / lora.r")
         if changed:
             self._notes.append(
@@ -179,7 +212,9 @@ class TrainingTask:
     def _identity(self) -> str:
         """What a kept state must have in common with this batch to be gone on from."""
         facts = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
-        sections = [self._config.lora.model_dump(), self._settings.model_dump()]
+        config = self._config
+        chosen = (config.lora, self._settings, config.replay, config.rehearsal)
+        sections = [section.model_dump() for section in chosen]
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
 
     def _resume(self, trainer: Trainer) -> bool:
@@ -223,6 +258,11 @@ class TrainingTask:
     # --- the run ---------------------------------------------------------------------------------
 
     @property
+    def _served_scale(self) -> float:
+        """What answers are computed with; training itself always uses the whole of `lora.alpha / lora.r`."""
+        return self._config.lora.scale * self._config.serving.merge_toward_base
+
+    @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self._prepared.step if self._prepared is not None else 0
@@ -254,6 +294,7 @@ class TrainingTask:
             yield from self._trainer.run()
         self._phase = "evaluating"
         self._report(self._progress())
+        self._trainer.tree.set_scale(self._served_scale)
         yield from self._trainer.evaluate_all(self._final)
         if self._evaluation:
             yield from self._evaluate(self._evaluation)
@@ -294,14 +335,17 @@ class TrainingTask:
         adapters.mkdir(parents=True, exist_ok=True)
         written = unfinished(adapters, self.batch.checkpoint)
         weights, optimizer, _ = self._trainer.state()
-        config = files.adapter_config(self._targets, rank=lora.r, scale=lora.scale, dropout=lora.dropout)
+        config = files.adapter_config(self._targets, rank=lora.r, scale=self._served_scale, dropout=lora.dropout)
         files.save_adapter(written, weights, {**config, "base_model": self._config.base_model})
         files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
         used = {
             "base_model": self._config.base_model,
             "lineage": self.batch.lineage,
             "lora": lora.model_dump(),
+            "merge_toward_base": self._config.serving.merge_toward_base,
             "training": self._settings.model_dump(),
+            "replay": self._config.replay.model_dump(),
+            "rehearsal": self._config.rehearsal.model_dump(),
         }
         return TrainResult(
             checkpoint=self.batch.checkpoint,
@@ -326,6 +370,12 @@ class TrainingTask:
         self._files.shutdown()
         if forget_state:
             shutil.rmtree(self._state_folder, ignore_errors=True)
+
+
+def _trained_scale(folder: Path) -> float:
+    """What a checkpoint was trained with: the adapter's own scale may be a merged one."""
+    lora = read(folder)["config"]["lora"]
+    return float(lora["alpha"]) / int(lora["r"])
 
 
 def _seed(seed: int, number: int) -> int:

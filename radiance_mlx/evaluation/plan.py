@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..lora.encoding import Encoded
 from ..messages import Example
 from .anchors import AnchorSet
 from .policy import Rule
@@ -20,7 +21,9 @@ class EarlierUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`anchors` None: they could not be had, for the reason `unavailable`.
+    """`anchors` None: none are measured, or they could not be had, for the reason `unavailable`.
+
+    `rehearsed` are anchors to learn from, which are never those that measure.
 
     `sample` examples of an update stand for it: its own now, and the `earlier` ones'.
     """
@@ -32,6 +35,7 @@ class Plan:
     sample: int = 8
     scale_first: bool = False
     seed: int = 0
+    rehearsed: tuple[Encoded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

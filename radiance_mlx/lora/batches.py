@@ -3,6 +3,9 @@
 The order is a function of (seed, batch number, epoch) alone, so a job taken up again goes on with the very
 rows that would have come. Every example comes once per epoch; the last, short batch is filled up with
 examples drawn at random, since mlx-lm would drop its rows (always the longest ones).
+
+Rows that come from several places (see `replay` and `rehearsal`) are taken in `turns`, each place's own in a
+`shuffled` order.
 """
 
 import itertools
@@ -29,12 +32,41 @@ def batch_stream(
         yield from _one_epoch([examples[i] for i in order], batch_size, max_tokens, int(rng.integers(2**31)))
 
 
+def shuffled(count: int, seed: Sequence[int]) -> Iterator[int]:
+    """0 to `count` - 1 without end, each once per epoch, in an order that is a function of (seed, epoch) alone."""
+    for epoch in itertools.count():
+        yield from np.random.default_rng([*seed, epoch]).permutation(count).tolist()
+
+
+def turns(shares: Sequence[float]) -> Iterator[int]:
+    """Places 0, 1, … in turn and without end, each as often as its share of `shares` says (their sum need not be 1).
+
+    Whoever is furthest behind comes next, the first of equals: after any number of turns, each place has had its
+    share of them to less than one turn (two places), so that no chance decides what one optimizer step is made of.
+    """
+    total = sum(shares)
+    owed = [0.0] * len(shares)
+    while True:
+        owed = [behind + share / total for behind, share in zip(owed, shares, strict=True)]
+        chosen = max(range(len(owed)), key=lambda i: (round(owed[i], 9), -i))
+        owed[chosen] -= 1.0
+        yield chosen
+
+
 def batches_once(examples: Sequence[Encoded], *, batch_size: int, max_tokens: int) -> Iterator[Batch]:
     """Every example once, similar lengths together, for evaluation; the last batch may be smaller."""
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     for start in range(0, len(ordered), batch_size):
         chunk = ordered[start : start + batch_size]
         yield from _one_epoch(chunk, len(chunk), max_tokens, seed=None)
+
+
+def shuffled_batches(examples: Sequence[Encoded], *, batch_size: int, max_tokens: int, seed: int) -> Iterator[Batch]:
+    """Every example once, similar lengths together, the micro-batches in the order of `seed`.
+
+    The number of examples must be a multiple of `batch_size`.
+    """
+    return _one_epoch(examples, batch_size, max_tokens, seed)
 
 
 def _one_epoch(examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None) -> Iterator[Batch]:

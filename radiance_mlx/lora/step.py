@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
@@ -37,6 +38,23 @@ class MicroBatchResult:
     grads: dict[str, mx.array] = field(default_factory=dict)
 
 
+def target_logits(module: nn.Module, head: TargetRows | None, batch: Batch) -> tuple[mx.array, np.ndarray]:
+    """Logits (targets, vocabulary) that predict the targets of `batch`, row after row, and those tokens (targets,).
+
+    Without a `head` the logits of all positions are computed, and the others thrown away.
+    """
+    positions, targets = target_positions(batch)
+    inputs = batch[0][:, :-1]
+    if head is None:
+        full = module(inputs)
+        return full.reshape(-1, full.shape[-1])[mx.array(positions)], targets
+    head.positions = mx.array(positions)
+    try:
+        return module(inputs)[0], targets
+    finally:
+        head.positions = None
+
+
 class LossFunction:
     """mlx-lm's `default_loss`, or the same over target rows only where the head allows it."""
 
@@ -47,29 +65,27 @@ class LossFunction:
         """(token-mean cross-entropy in nats, number of targets)."""
         if self._head is None:
             return default_loss(module, tokens, spans)
-        positions, targets = target_positions((tokens, spans))
-        self._head.positions = mx.array(positions)
-        try:
-            logits = module(tokens[:, :-1])[0]
-        finally:
-            self._head.positions = None
+        logits, targets = target_logits(module, self._head, (tokens, spans))
         losses = nn.losses.cross_entropy(logits, mx.array(targets))
         return losses.astype(mx.float32).mean(), len(targets)
 
 
 class MicroBatch:
-    """Builds and cuts the graph of one micro-batch."""
+    """Builds and cuts the graph of one micro-batch.
 
-    def __init__(self, tree: TrainingTree, loss: LossFunction) -> None:
+    `loss` is called with the module and all that a batch consists of; it gives the loss and the number of targets.
+    """
+
+    def __init__(self, tree: TrainingTree, loss: Callable[..., tuple[mx.array, Any]]) -> None:
         self._tree = tree
         self._loss = loss
         self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
 
-    def _taped_loss(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[Any, ...]:
-        loss, count = self._loss(module, tokens, spans)
+    def _taped_loss(self, module: nn.Module, *batch: Any) -> tuple[Any, ...]:
+        loss, count = self._loss(module, *batch)
         return loss, count, list(self._tree.tape.outputs)
 
-    def pieces(self, batch: Batch, key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
+    def pieces(self, batch: tuple[Any, ...], key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
         """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
         tape = self._tree.tape
         with self._tree.forward(key):

@@ -5,6 +5,7 @@ allows. Losses, data, optimizer steps and results are those of mlx-lm's `train`;
 ours. State can be taken out after any step and put back: the run then goes on bit by bit the same.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +19,12 @@ from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..config.schema import TrainingSection
 from ..errors import NonFinite, TrainingFailed
-from .batches import batch_stream, batches_once
+from .batches import Batch, batches_once
 from .encoding import Encoded
 from .head import TargetRows
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
+from .rehearsal import Rehearsal, RehearsalBatch, RehearsalLoss
+from .replay import Replay, replay_stream
 from .step import LossFunction, MicroBatch, MicroBatchResult, Piece, add_grads, unflatten
 from .tree import TrainingTree
 
@@ -38,7 +41,12 @@ class History:
 
 
 class Trainer:
-    """One batch's training on one tree. `on_step` is called after each optimizer step."""
+    """One batch's training on one tree. `on_step` is called after each optimizer step.
+
+    With `replay`, earlier examples share the rows of each step; with `rehearsal`, each step has further
+    micro-batches that hold the model to the base. With neither, or with nothing in them, the run is the same to
+    the last bit as without.
+    """
 
     def __init__(
         self,
@@ -48,6 +56,9 @@ class Trainer:
         settings: TrainingSection,
         number: int,
         on_step: Callable[["Trainer"], None] = lambda trainer: None,
+        *,
+        replay: Replay | None = None,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self.tree = tree
         self.settings = settings
@@ -57,7 +68,9 @@ class Trainer:
             raise TrainingFailed(
                 "No example has a token to learn.", "Check that outputs are not empty for this tokenizer."
             )
-        self.args = fit_to_data(settings, len(self.examples))
+        self.replay = replay
+        self.rehearsal = rehearsal if rehearsal is not None and rehearsal.active else None
+        self.args = fit_to_data(settings, replay.rows_with(len(self.examples)) if replay else len(self.examples))
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(tree.module.trainable_parameters())
         self.step = 0
@@ -67,6 +80,7 @@ class Trainer:
         self._on_step = on_step
         self._loss = LossFunction(head)
         self._micro = MicroBatch(tree, self._loss)
+        self._rehearse = MicroBatch(tree, RehearsalLoss(head, self.rehearsal.kl_weight if self.rehearsal else 0.0))
         self._seconds = 0.0
 
     @property
@@ -111,17 +125,13 @@ class Trainer:
     def run(self) -> Iterator[Piece]:
         """Train to `max_steps` (or `stop_loss`). Raises `NonFinite`; the tree is then not to be used."""
         per_step = self.args.grad_accumulation_steps
-        stream = batch_stream(
-            self.examples,
-            batch_size=self.args.batch_size,
-            max_tokens=self.args.max_seq_length,
-            seed=(self.settings.seed, self.number),
-        )
+        stream = self.micro_batches()
         for _ in range(self.step * per_step):
             next(stream)
+        rehearsed = self._rehearsed_from(self.step)
         while self.step < self.settings.max_steps:
             started = time.perf_counter()
-            yield from self._optimizer_step([next(stream) for _ in range(per_step)])
+            yield from self._optimizer_step([next(stream) for _ in range(per_step)], next(rehearsed))
             self._seconds += time.perf_counter() - started
             every = self.settings.eval_every
             if every and self.step % every == 0 and self.step < self.settings.max_steps:
@@ -132,7 +142,28 @@ class Trainer:
                 self.finished_early = f"stopped at step {self.step}: the loss is below stop_loss {stop}"
                 return
 
-    def _optimizer_step(self, batches: list[Any]) -> Iterator[Piece]:
+    def micro_batches(self) -> Iterator[Batch]:
+        """The run's micro-batches from its first step on, without end."""
+        return replay_stream(
+            self.examples,
+            self.replay,
+            batch_size=self.args.batch_size,
+            accumulate=self.args.grad_accumulation_steps,
+            max_tokens=self.args.max_seq_length,
+            seed=(self.settings.seed, self.number),
+        )
+
+    def _rehearsed_from(self, step: int) -> Iterator[list[RehearsalBatch]]:
+        if self.rehearsal is None:
+            return itertools.repeat([])
+        return self.rehearsal.steps(
+            batch_size=self.settings.batch_size,
+            max_tokens=self.args.max_seq_length,
+            seed=(self.settings.seed, self.number),
+            start=step,
+        )
+
+    def _optimizer_step(self, batches: list[Batch], rehearsed: list[RehearsalBatch]) -> Iterator[Piece]:
         total: dict[str, mx.array] | None = None
         losses, tokens = [], 0
         for index, batch in enumerate(batches):
@@ -140,12 +171,18 @@ class Trainer:
             yield from self._micro.pieces(batch, self._dropout_key(index), result)
             total = add_grads(total, result.grads)
             losses.append(result.loss)
-            tokens += int(batch[0].size) - batch[0].shape[0]
+            tokens += _tokens(batch)
             if len(batches) > 1:  # a barrier: two micro-batches evaluated together would take twice the memory
                 yield Piece(list(total.values()), barrier=True)
         assert total is not None
         grads = {name: grad / len(batches) for name, grad in total.items()} if len(batches) > 1 else total
         loss = mx.stack(losses).mean()
+        row: dict[str, float] = {}
+        if rehearsed:
+            yield Piece([loss, *grads.values()], barrier=True)
+            grads = dict(grads)
+            yield from self._rehearsal_pieces(rehearsed, len(batches), grads, row)
+            tokens += sum(_tokens(batch) for batch in rehearsed)
         rate = learning_rate(self.step, self.settings)
         nested, norm = optim.clip_grad_norm(unflatten(grads), self.settings.clip_norm or math.inf)
         yield Piece([loss, norm], barrier=True)
@@ -155,13 +192,30 @@ class Trainer:
         # counted before the next piece: whoever stops there and takes the state gets weights and step that agree
         self.step += 1
         self.trained_tokens += tokens
-        self.history.steps.append(
-            {"step": self.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens": tokens}
-        )
+        done = {"step": self.step, "loss": loss.item(), "lr": rate, "grad_norm": norm.item(), "tokens": tokens}
+        self.history.steps.append({**done, **row})
         yield Piece(
             [*self.tree.parameters().values(), *state_arrays(self.optimizer).values()],
             barrier=True,
         )
+
+    def _rehearsal_pieces(
+        self, batches: list[RehearsalBatch], before: int, grads: dict[str, mx.array], row: dict[str, float]
+    ) -> Iterator[Piece]:
+        """Add the gradients of the step's rehearsal to `grads`, and put its mean divergence into `row` as `kl`.
+
+        `before` micro-batches of the step have had their dropout keys.
+        """
+        assert self.rehearsal is not None
+        weighted = 0.0
+        for index, batch in enumerate(batches, before):
+            result = MicroBatchResult()
+            yield from self._rehearse.pieces(batch, self._dropout_key(index), result)
+            grads.update(add_grads(grads, result.grads))
+            assert result.loss is not None
+            yield Piece([result.loss, *grads.values()], barrier=True)
+            weighted += result.loss.item()
+        row["kl"] = weighted / self.rehearsal.kl_weight
 
     def _dropout_key(self, micro: int) -> mx.array:
         position = np.random.SeedSequence([self.settings.seed, self.number, self.step, micro])
@@ -210,6 +264,12 @@ class Trainer:
         value: list[float] = []
         yield from self.evaluate(self.examples[:rows], value)
         self.history.evals.append({"step": self.step, "loss": value[0]})
+
+
+def _tokens(batch: tuple[Any, ...]) -> int:
+    """Tokens of a micro-batch that go through the model, padding included."""
+    rows, width = batch[0].shape
+    return int(rows * (width - 1))
 
 
 def fit_to_data(settings: TrainingSection, examples: int) -> TrainingArgs:

@@ -89,6 +89,12 @@ class TrainingTree:
         pairs = {path: (modules[path].lora_a, modules[path].lora_b) for path in self.targets.paths}
         return AdapterWeights(pairs, modules[self.targets.paths[0]].scale)
 
+    def set_scale(self, scale: float) -> None:
+        """Multiply the low-rank products by `scale` from now on."""
+        modules = dict(self.module.named_modules())
+        for path in self.targets.paths:
+            modules[path].scale = scale
+
     def parameters(self) -> dict[str, mx.array]:
         """Flat trainable parameters, under mlx-lm's adapter names."""
         return dict(tree_flatten(self.module.trainable_parameters()))

@@ -1,0 +1,282 @@
+"""Rehearsal: while it learns, a model is held to what the base said before, by a divergence as a further loss.
+
+The base is always in memory, so it can be asked. A rehearsal row is a sequence of tokens with the base's own
+distribution at each target: its likeliest next tokens and, as one more outcome, all the others together. The
+divergence over these outcomes is a lower bound of the one over the whole vocabulary, and equal to it where that
+is not larger than what is kept; the kept ones are never scaled up to sum to one.
+
+loss = cross-entropy of the step's rows + `kl_weight` · mean over the rehearsed targets of KL(base ‖ now)
+
+Rows come from what the base says by itself, from its answers to neighbours of the new prompts (`speaking`,
+`neighbours`), or from the caller's own texts: as far as this module is concerned, rows are rows.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import CheckpointDamaged
+from .batches import batches_once, turns
+from .encoding import Encoded
+from .files import load_arrays, save_arrays
+from .head import TargetRows
+from .step import Piece, target_logits
+from .tree import TrainingTree
+
+#: likeliest next tokens of which the probability is kept
+TOP = 64
+#: log-probabilities are not told apart below this, so that what is impossible to both costs nothing
+_LEAST = -80.0
+#: tells this order from the others that are drawn from the same (seed, batch number)
+_ROWS = 4
+ROWS_FILE, ARRAYS_FILE = "rehearsal.json", "rehearsal.safetensors"
+
+#: tokens and spans as in `batches.Batch`, ids (n, K), logprobs (n, K) and tail (n,) of its n targets, and the
+#: number of targets in all micro-batches of the optimizer step
+RehearsalBatch = tuple[mx.array, mx.array, mx.array, mx.array, mx.array, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsed:
+    """One row and what the base made of it: for each of its n targets `ids` (n, K) int32 of the K likeliest next
+    tokens, their `logprobs` (n, K) float32, and `tail` (n,) float32, the log-probability of all others together.
+    """
+
+    row: Encoded
+    ids: np.ndarray
+    logprobs: np.ndarray
+    tail: np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one kind, and their `share` of what is rehearsed (relative to the shares of the others)."""
+
+    rows: Sequence[Rehearsed]
+    share: float = 1.0
+
+
+# --- what the base says ------------------------------------------------------------------------------
+
+
+def teacher(
+    tree: TrainingTree,
+    head: TargetRows | None,
+    rows: Sequence[Encoded],
+    out: list[Rehearsed],
+    *,
+    batch_size: int = 8,
+    top: int = TOP,
+) -> Iterator[Piece]:
+    """Append to `out` each of `rows` with the distributions of `tree`, in order; rows without targets are left out.
+
+    `tree` must say what the base says: one as `make_tree` gives it, before anything is loaded or learnt.
+    """
+    rows = [row for row in rows if row.targets > 0]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
+    made: dict[int, Rehearsed] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        chunk = [rows[i] for i in places]
+        (batch,) = batches_once(chunk, batch_size=len(chunk), max_tokens=max(len(row.tokens) for row in chunk))
+        tree.module.eval()
+        try:
+            with tree.forward(mx.random.key(0)):
+                logits, _ = target_logits(tree.module, head, batch)
+                kept = _kept(logits, top)
+        finally:
+            tree.module.train()
+        outputs, tree.tape.outputs = tree.tape.outputs, []
+        for i in range(len(outputs)):
+            piece, outputs[i] = Piece([outputs[i]]), mx.array(0)  # evaluated outputs must not be held
+            yield piece
+        yield Piece(list(kept), barrier=True)
+        made.update(zip(places, _split(chunk, *map(np.array, kept)), strict=True))
+    out.extend(made[i] for i in range(len(rows)))
+
+
+def _kept(logits: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:
+    """(ids, logprobs, tail) of (n, vocabulary) logits."""
+    logprobs = _log_softmax(logits)
+    top = min(top, logits.shape[-1])
+    ids = mx.argpartition(-logprobs, top - 1, axis=-1)[:, :top].astype(mx.int32)
+    return ids, mx.maximum(mx.take_along_axis(logprobs, ids, axis=-1), _LEAST), _rest(logprobs, ids)
+
+
+def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> Iterator[Rehearsed]:
+    """The arrays of all targets, row after row, as rows again."""
+    ends = list(itertools.accumulate(row.targets for row in rows))
+    for row, end in zip(rows, ends, strict=True):
+        own = slice(end - row.targets, end)
+        yield Rehearsed(row, ids[own], logprobs[own], tail[own])
+
+
+# --- the loss ----------------------------------------------------------------------------------------
+
+
+def divergence(logits: mx.array, ids: mx.array, logprobs: mx.array, tail: mx.array) -> mx.array:
+    """KL(kept ‖ now) in nats for each of n targets, from logits (n, vocabulary) and what `Rehearsed` holds."""
+    now = _log_softmax(logits)
+    there = mx.maximum(mx.take_along_axis(now, ids, axis=-1), _LEAST)
+    inside = (mx.exp(logprobs) * (logprobs - there)).sum(axis=-1)
+    if ids.shape[-1] >= logits.shape[-1]:
+        return inside
+    return inside + mx.exp(tail) * (tail - _rest(now, ids))
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _rest(logprobs: mx.array, ids: mx.array) -> mx.array:
+    """(n,) log-probability of all tokens but `ids`; summed up from theirs, since 1 - Σ has no digits left near 0."""
+    if ids.shape[-1] >= logprobs.shape[-1]:
+        return mx.full(ids.shape[:1], _LEAST)
+    without = mx.put_along_axis(mx.zeros(logprobs.shape), ids, mx.array(-mx.inf), axis=-1)
+    return mx.maximum(mx.logsumexp(logprobs + without, axis=-1), _LEAST)
+
+
+class RehearsalLoss:
+    """The divergence as a loss for `MicroBatch`, weighted; over target rows only where the head allows it."""
+
+    def __init__(self, head: TargetRows | None, kl_weight: float) -> None:
+        self._head = head
+        self._weight = kl_weight
+
+    def __call__(
+        self,
+        module: nn.Module,
+        tokens: mx.array,
+        spans: mx.array,
+        ids: mx.array,
+        logprobs: mx.array,
+        tail: mx.array,
+        of: int,
+    ) -> tuple[mx.array, int]:
+        """(`kl_weight` · Σ KL / `of`, number of targets): a step's micro-batches add up to its weighted mean."""
+        logits, targets = target_logits(module, self._head, (tokens, spans))
+        return self._weight * divergence(logits, ids, logprobs, tail).sum() / of, len(targets)
+
+
+# --- the rows of each step ---------------------------------------------------------------------------
+
+
+class Rehearsal:
+    """What is rehearsed while one batch is learnt: `rows` rows in each optimizer step, the sources in `turns`."""
+
+    def __init__(self, sources: Sequence[Source], *, kl_weight: float, rows: int) -> None:
+        if kl_weight < 0 or rows < 0 or any(source.share < 0 for source in sources):
+            raise ValueError("kl_weight, rows and shares must not be negative")
+        self.kl_weight = kl_weight
+        self.rows = rows
+        self.sources = [s for s in sources if s.rows and s.share > 0]
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to rehearse."""
+        return self.kl_weight > 0 and self.rows > 0 and bool(self.sources)
+
+    def steps(
+        self, *, batch_size: int, max_tokens: int, seed: tuple[int, int], start: int = 0
+    ) -> Iterator[list[RehearsalBatch]]:
+        """The micro-batches of each optimizer step from `start` on, without end; a function of the arguments alone.
+
+        Rows longer than `max_tokens` are left out (with none left, the lists are empty).
+        """
+        kept = [[r for r in s.rows if len(r.row.tokens) <= max_tokens] for s in self.sources]
+        sources = [(rows, s.share) for rows, s in zip(kept, self.sources, strict=True) if rows]
+        if not sources:
+            yield from itertools.repeat([])
+            return
+        total = sum(share for _, share in sources)
+        orders = [
+            _alike([len(r.row.tokens) for r in rows], max(1, round(self.rows * share / total)), (*seed, place))
+            for place, (rows, share) in enumerate(sources)
+        ]
+        turn = turns([share for _, share in sources])
+        for step in itertools.count():
+            chosen = [(place, next(orders[place])) for place in itertools.islice(turn, self.rows)]
+            if step >= start:
+                yield _batches([sources[place][0][i] for place, i in chosen], batch_size)
+
+
+def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[int]:
+    """Places of rows without end, each once per epoch, in random blocks of `block` rows of like length.
+
+    A micro-batch is as wide as its longest row: rows of all lengths together would cost twice the time.
+    """
+    for epoch in itertools.count():
+        rng = np.random.default_rng([*seed, _ROWS, epoch])
+        order = sorted(rng.permutation(len(lengths)).tolist(), key=lambda i: _width(lengths[i]))
+        starts = range(0, len(order), block)
+        for i in rng.permutation(len(starts)).tolist():
+            yield from order[starts[i] : starts[i] + block]
+
+
+def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[RehearsalBatch]:
+    """One step's rows as micro-batches of at most `batch_size` rows of like length, the shortest first."""
+    ordered = sorted(rows, key=lambda r: len(r.row.tokens))
+    targets = sum(r.row.targets for r in ordered)
+    made: list[RehearsalBatch] = []
+    for _, alike in itertools.groupby(ordered, key=lambda r: _width(len(r.row.tokens))):
+        group = list(alike)
+        made += [_batch(group[i : i + batch_size], targets) for i in range(0, len(group), batch_size)]
+    return made
+
+
+def _batch(rows: Sequence[Rehearsed], targets: int) -> RehearsalBatch:
+    longest = max(len(r.row.tokens) for r in rows)
+    ((tokens, spans),) = batches_once([r.row for r in rows], batch_size=len(rows), max_tokens=longest)
+    ids, logprobs, tail = (
+        mx.array(np.concatenate([getattr(r, name) for r in rows])) for name in ("ids", "logprobs", "tail")
+    )
+    return tokens, spans, ids, logprobs, tail, targets
+
+
+def _width(length: int) -> int:
+    """The bucket that a row of `length` tokens is padded to."""
+    return -(-length // 32)
+
+
+# --- on disk -----------------------------------------------------------------------------------------
+
+
+def save_rows(folder: Path, rows: Sequence[Rehearsed], facts: Mapping[str, Any]) -> None:
+    """Write `rows` into an existing folder, with `facts` (plain values) of how they came about."""
+    arrays = {}
+    if rows:
+        arrays = {name: np.concatenate([getattr(r, name) for r in rows]) for name in ("ids", "logprobs", "tail")}
+        arrays["tokens"] = np.concatenate([np.array(r.row.tokens, dtype=np.int32) for r in rows])
+    save_arrays(folder / ARRAYS_FILE, {name: mx.array(values) for name, values in arrays.items()})
+    shapes = [[len(r.row.tokens), r.row.offset] for r in rows]
+    (folder / ROWS_FILE).write_text(json.dumps({"facts": dict(facts), "rows": shapes}) + "\n", encoding="utf-8")
+
+
+def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
+    """What `save_rows` wrote: the rows and the facts. Raises `CheckpointDamaged`."""
+    try:
+        document = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))
+        shapes = [(int(length), int(offset)) for length, offset in document["rows"]]
+        facts = dict(document["facts"])
+        if not shapes:
+            return [], facts
+        arrays = {name: np.array(values) for name, values in load_arrays(folder / ARRAYS_FILE).items()}
+        starts = itertools.accumulate((length for length, _ in shapes), initial=0)
+        rows = [
+            Encoded(tuple(arrays["tokens"][start : start + length].tolist()), offset)
+            for start, (length, offset) in zip(starts, shapes, strict=False)
+        ]
+        counted = {sum(row.targets for row in rows)} | {sum(len(row.tokens) for row in rows)}
+        if {len(arrays["tail"]), len(arrays["tokens"])} != counted:
+            raise ValueError("arrays and rows do not fit together")
+        return list(_split(rows, arrays["ids"], arrays["logprobs"], arrays["tail"])), facts
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{folder} holds no rehearsal rows: {error}") from error

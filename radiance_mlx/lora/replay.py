@@ -1,0 +1,108 @@
+"""Earlier examples among the new ones, so that a new lesson does not overwrite the last.
+
+What is replayed comes from a reservoir, a uniform sample of the whole earlier log: old updates weigh as much as
+recent ones, and its size bounds memory and preparation whatever the log's length. Everything here is a pure
+function of its arguments; the order of rows is one of (seed, batch number, epoch), so that a job taken up again
+goes on with the very rows that would have come.
+
+Reservoir sampling: Vitter, Random sampling with a reservoir, 1985 (algorithm R).
+"""
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from .batches import Batch, batch_stream, shuffled, shuffled_batches, turns
+from .encoding import Encoded
+
+Item = TypeVar("Item")
+
+#: told apart from the other orders that are drawn from the same (seed, batch number)
+_NEW, _EARLIER, _WITHIN = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Earlier `examples` to train beside new ones: `fraction` of each optimizer step's rows, 0 ≤ fraction < 1."""
+
+    examples: Sequence[Encoded]
+    fraction: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.fraction < 1.0:
+            raise ValueError(f"fraction must be at least 0 and less than 1, not {self.fraction}")
+        object.__setattr__(self, "examples", [e for e in self.examples if e.targets > 0])
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to replay."""
+        return self.fraction > 0 and bool(self.examples)
+
+    def rows_with(self, new: int) -> int:
+        """How many examples there are to fill an optimizer step from, `new` ones and their share of earlier ones."""
+        if not self.active:
+            return new
+        return new + min(len(self.examples), max(1, round(new * self.fraction / (1.0 - self.fraction))))
+
+
+def reservoir(log: Iterable[Item], size: int, seed: Sequence[int]) -> list[Item]:
+    """At most `size` items of `log`, every item with the same chance; a function of the log's order and `seed`.
+
+    A longer log with the same beginning keeps most of what a shorter one gave.
+    """
+    rng = np.random.default_rng(list(seed))
+    kept: list[Item] = []
+    for position, item in enumerate(log):
+        if position < size:
+            kept.append(item)
+        elif (place := int(rng.integers(position + 1))) < size:
+            kept[place] = item
+    return kept
+
+
+def sharing_a_tag(log: Iterable[tuple[Item, Collection[str]]], tags: Collection[str]) -> Iterator[Item]:
+    """Of (item, its tags), in order, the items that have at least one of `tags`."""
+    wanted = set(tags)
+    return (item for item, own in log if wanted.intersection(own))
+
+
+def still_true(log: Sequence[Encoded], new: Sequence[Encoded]) -> list[Encoded]:
+    """`log` (oldest first) without what has been answered otherwise since: of equal prompts the last one counts.
+
+    A prompt that is in `new` is left out too, with whatever answer it had. Examples without a masked prompt all stay.
+    """
+    last = {e.tokens[: e.offset]: i for i, e in enumerate(log)}
+    asked = {e.tokens[: e.offset] for e in new}
+    return [e for i, e in enumerate(log) if not e.offset or (last[p := e.tokens[: e.offset]] == i and p not in asked)]
+
+
+def replay_stream(
+    new: Sequence[Encoded],
+    replay: Replay | None,
+    *,
+    batch_size: int,
+    accumulate: int,
+    max_tokens: int,
+    seed: tuple[int, int],
+) -> Iterator[Batch]:
+    """Micro-batches without end; `accumulate` of them, `batch_size` rows each, are one optimizer step's.
+
+    With nothing to replay this is `batch_stream` itself. Otherwise new and earlier rows come in `turns`, each in
+    a shuffled order of its own; a step never takes more earlier rows than there are.
+    """
+    if replay is None or not replay.active:
+        yield from batch_stream(new, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+        return
+    rows = batch_size * accumulate
+    order = turns((1.0 - replay.fraction, replay.fraction))
+    fresh = shuffled(len(new), (*seed, _NEW))
+    earlier = shuffled(len(replay.examples), (*seed, _EARLIER))
+    for step in itertools.count():
+        again = min(sum(itertools.islice(order, rows)), len(replay.examples))
+        chosen = [new[i] for i in itertools.islice(fresh, rows - again)]
+        chosen += [replay.examples[i] for i in itertools.islice(earlier, again)]
+        within = int(np.random.default_rng([*seed, _WITHIN, step]).integers(2**31))
+        yield from shuffled_batches(chosen, batch_size=batch_size, max_tokens=max_tokens, seed=within)
