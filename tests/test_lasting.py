@@ -113,7 +113,7 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
     """With replay, rehearsal and rewording: what was prepared is prepared again, the same."""
     flags = {
         **SMALL,
-        "training.max_steps": 60,
+        "training.max_steps": 300,  # enough to be met in the middle
         "replay.fraction": 0.5,
         "rehearsal.kl_weight": 1.0,
         "rehearsal.rewording": True,
