@@ -4,6 +4,7 @@ mlx-lm looks at the first row to tell a file's format, so a file never mixes for
 prompt/completion pairs together become `messages`; plain text among them goes to a folder of its own.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,15 @@ def curated_files(examples: Sequence[Example]) -> dict[str, bytes]:
         return {"train.jsonl": _jsonl(texts)}
     files = {"train.jsonl": _jsonl(pairs)}
     return {**files, "text.jsonl": _jsonl(texts)} if texts else files
+
+
+def data_hash(examples: Sequence[Example]) -> str:
+    """sha256 over the examples in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example.as_dict(), sort_keys=True).encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def _as_messages(example: Example) -> dict[str, Any]:

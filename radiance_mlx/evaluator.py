@@ -121,7 +121,8 @@ class Evaluator:
     async def _earlier(self, line: Sequence[CheckpointRecord], examples_of: ExamplesOf) -> tuple[EarlierUpdate, ...]:
         """The updates that led here and were measured when they were learnt, newest first."""
         updates = []
-        for record in line[: self._settings.update_window]:
+        learnt = [record for record in line if not record.reconsolidated]
+        for record in learnt[: self._settings.update_window]:
             measured = record.metrics.get("own_sample")
             if measured is None:
                 continue

@@ -148,6 +148,7 @@ class Lineage:
             "metrics": {k: v for k, v in result.metrics.items() if k != "curves"},
             "notes": list(result.notes),
             "status": STATUS_OF_OUTCOME.get(result.outcome, "stable"),
+            "reconsolidated": result.reconsolidated,
         }
         final = self.folder(result.checkpoint)
         # metrics first: a folder that is there is published after a crash, and must not lack them
@@ -179,6 +180,7 @@ class Lineage:
             metrics=facts["metrics"],
             config=facts["config"],
             notes=tuple(facts["notes"]),
+            reconsolidated=bool(facts.get("reconsolidated", False)),
         )
 
     def finished_folder(self, checkpoint: str, data_hash: str) -> CheckpointRecord | None:
@@ -201,7 +203,9 @@ class Lineage:
         async with self._moving:
             if record.parent != self.stable:
                 raise Cancelled(f"The stable checkpoint moved while {record.checkpoint} trained.")
-            data = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
+            data: dict[str, Any] = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
+            if record.reconsolidated:
+                data["reconsolidated"] = True
             if rejected(record):
                 await self._reject(record, data)
             else:

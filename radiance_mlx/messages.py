@@ -23,6 +23,7 @@ JobState = Literal[
     "quarantined",
 ]
 FINAL_STATES: frozenset[str] = frozenset({"published", "rejected", "failed", "cancelled", "quarantined"})
+JobKind = Literal["update", "reconsolidation"]
 CheckpointStatus = Literal["candidate", "stable", "risky", "rolled_back"]
 #: what the policy made of a trained batch; "unknown": nothing was measured, "logged": over the threshold, mode off
 Outcome = Literal["pass", "unknown", "logged", "risky", "rejected"]
@@ -116,7 +117,10 @@ class TrainBatch:
     lineage: Literal["continue", "fresh"] = "continue"
     log: tuple[Example, ...] = ()  # what was learnt before, oldest first; of it `replayable` may be trained again
     replayable: tuple[Example, ...] = ()
-    line: tuple[str, ...] = ()  # the checkpoints that led here, newest first
+    line: tuple[str, ...] = ()  # the checkpoints that led here, newest first, back to the last reconsolidation
+    reconsolidated: bool = False  # `examples` are the whole log: nothing of it is replayed
+    max_steps: int | None = None  # None: training.max_steps
+    notes: tuple[str, ...] = ()  # for the job and the checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,7 @@ class TrainResult:
     data_hash: str
     jobs: tuple[str, ...]
     outcome: Outcome = "pass"
+    reconsolidated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

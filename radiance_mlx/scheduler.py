@@ -6,26 +6,26 @@ and goes on: a finished folder is published, an interrupted training is taken up
 
 import asyncio
 import contextlib
-import hashlib
-import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
 from .config import Config
+from .curation import data_hash
 from .engine.thread import EngineThread
 from .errors import Cancelled, CheckpointDamaged, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
 from .evaluator import Evaluator
 from .lineage import Lineage, number_of
 from .messages import Example, Progress, TrainBatch
+from .reconsolidation import STABLE_MOVED, UPDATE_DUE, Reconsolidation, since_last
 from .storage import StoreThread
 from .store import CheckpointRecord, JobRecord
-from .triggers import decide
+from .triggers import Decision, decide
 
 log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 4  # the first, and three times taken up again
@@ -44,6 +44,8 @@ class Running:
     cancelled: threading.Event = field(default_factory=threading.Event)
     persisted_at: float = 0.0
     evaluating: bool = False
+    reconsolidates: bool = False
+    aside: str = ""  # why a reconsolidation is put aside, once it is known
 
 
 class Scheduler:
@@ -61,6 +63,7 @@ class Scheduler:
     ) -> None:
         self._config, self._home, self._clock = config, home, clock
         self._store, self._engine, self._lineage, self._evaluator = store, engine, lineage, evaluator
+        self._reconsolidation = Reconsolidation(config, store, lineage, clock)
         self._wake = asyncio.Event()
         self._alone: set[str] = set()  # jobs that failed in company
         self._due: set[str] = set()  # jobs whose batch was given up through no fault of theirs
@@ -96,8 +99,22 @@ class Scheduler:
     async def _look(self) -> None:
         """Train what is due, or wait."""
         self._wake.clear()
+        decision = await self._decision()
+        if decision.jobs:
+            await self._begin(decision.jobs)
+            return
+        wait = decision.wait_s
+        if wait is None:  # nothing is queued
+            wait = await self._reconsolidation.wait_s()
+            if wait == 0:
+                await self._reconsolidate()
+                return
+        self.trouble = None
+        await self._sleep(wait)
+
+    async def _decision(self) -> Decision:
         queued = await self._store(lambda s: s.queued())
-        decision = decide(
+        return decide(
             queued,
             self._config.update_mode,
             max_examples=self._config.batch.max_examples,
@@ -106,11 +123,6 @@ class Scheduler:
             alone=self._alone,
             due=self._due,
         )
-        if decision.jobs:
-            await self._begin(decision.jobs)
-            return
-        self.trouble = None
-        await self._sleep(decision.wait_s)
 
     async def _sleep(self, seconds: float | None) -> None:
         """Until something changes, or so long; at most `LOOK_S`, since the loop's clock rests while a Mac sleeps."""
@@ -122,7 +134,8 @@ class Scheduler:
     async def _recover(self) -> None:
         for checkpoint, jobs in await self._store(lambda s: s.interrupted()):
             ids = tuple(job.job_id for job in jobs)
-            examples = await self._examples(ids)
+            of = jobs[0].consolidates
+            examples = await (self._examples(ids) if of is None else self._reconsolidation.examples(of))
             record = self._lineage.finished_folder(checkpoint, data_hash(examples))
             if record is not None and record.parent == self._lineage.stable:
                 log.info("publishing what was finished before the restart", checkpoint=checkpoint)
@@ -159,7 +172,7 @@ class Scheduler:
             self._drop(checkpoint)
             return
         await self._store(lambda s: s.retry_batch(checkpoint, left))
-        await self._train(checkpoint, tuple(left))
+        await self._train(checkpoint, tuple(left), rest[0].consolidates is not None)
 
     # --- one batch -------------------------------------------------------------------------------
 
@@ -171,21 +184,28 @@ class Scheduler:
         self._due.difference_update(jobs)
         await self._train(checkpoint, jobs)
 
-    async def _train(self, checkpoint: str, jobs: tuple[str, ...]) -> None:
-        self.trouble = None
-        self.running = running = Running(checkpoint, jobs)
+    async def _reconsolidate(self) -> None:
         try:
-            batch = await self._batch(running)
-            log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(batch.examples))
-            plan = await self._evaluator.plan(await self._line(), self._examples)
-            result = await self._engine.train(batch, self._report, running.cancelled, plan)
+            job, checkpoint = await self._reconsolidation.begin()
+        except Conflict:  # the stable checkpoint is moving
+            return
+        await self._train(checkpoint, (job,), reconsolidates=True)
+
+    async def _train(self, checkpoint: str, jobs: tuple[str, ...], reconsolidates: bool = False) -> None:
+        self.trouble = None
+        self.running = running = Running(checkpoint, jobs, reconsolidates=reconsolidates)
+        try:
+            async with self._making_way(running):
+                batch = await self._batch(running)
+                log.info("training", checkpoint=checkpoint, jobs=list(jobs), examples=len(batch.examples))
+                plan = await self._evaluator.plan(await self._line(), self._examples)
+                result = await self._engine.train(batch, self._report, running.cancelled, plan)
             record = await self._lineage.commit(result)
             if result.notes:
                 await self._store(lambda s: s.add_notes(jobs, result.notes))
             await self._publish(record)
-        except Cancelled:
-            self._due.update(await self._store(lambda s: s.requeue(jobs, count_attempt=False)))
-            self._drop(checkpoint)
+        except Cancelled as error:
+            await self._give_up(running, error)
         except NotReady:
             await asyncio.shield(self._store(lambda s: s.take_back_attempt(jobs)))
             raise
@@ -201,6 +221,39 @@ class Scheduler:
             await self._settle_writes()
             self.running = None
 
+    async def _give_up(self, running: Running, error: RadianceError) -> None:
+        """Through no fault of the jobs: they are queued again. A reconsolidation is over."""
+        if running.reconsolidates:
+            why = f"put aside: {running.aside or error.message}"
+            await self._store(lambda s: s.put_aside(running.jobs[0], why))
+            log.info("put aside", checkpoint=running.checkpoint, why=why)
+        else:
+            self._due.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
+        self._drop(running.checkpoint)
+
+    @contextlib.asynccontextmanager
+    async def _making_way(self, running: Running) -> AsyncIterator[None]:
+        """Inside, a reconsolidation is stopped as soon as an update is due."""
+        watch = asyncio.create_task(self._make_way(running)) if running.reconsolidates else None
+        try:
+            yield
+        finally:
+            if watch is not None:
+                watch.cancel()
+
+    async def _make_way(self, running: Running) -> None:
+        while True:
+            self._wake.clear()
+            wait: float | None = LOOK_S
+            with contextlib.suppress(StoreError):  # looked at again
+                decision = await self._decision()
+                if decision.jobs:
+                    running.aside = UPDATE_DUE
+                    running.cancelled.set()
+                    return
+                wait = decision.wait_s
+            await self._sleep(wait)
+
     async def _parent_is_damaged(self, running: Running, error: CheckpointDamaged) -> None:
         """No fault of the jobs: they train on the newest sound ancestor instead."""
         parent = self._lineage.stable
@@ -212,15 +265,16 @@ class Scheduler:
         if self._lineage.stable == parent:  # its files are sound: something else is at fault
             await self._after_failure(running, error)
             return
-        self._due.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
-        self._drop(running.checkpoint)
+        await self._give_up(running, error)
 
     async def _batch(self, running: Running) -> TrainBatch:
-        examples = await self._examples(running.jobs)
         # `cancel` finds what is running from now on; what it was asked before is in the store
         jobs = await self._store(lambda s: [s.job(job_id) for job_id in running.jobs])
         if any(job.cancel_requested for job in jobs):
             running.cancelled.set()
+        if running.reconsolidates:
+            return await self._reconsolidation.batch(jobs[0], running.checkpoint)
+        examples = await self._examples(running.jobs)
         line = await self._line()
         log = await self._log(line)
         return TrainBatch(
@@ -230,10 +284,11 @@ class Scheduler:
             examples=examples,
             data_hash=data_hash(examples),
             number=number_of(running.checkpoint),
-            lineage=self._config.lineage,
+            lineage="fresh" if self._config.lineage == "fresh" else "continue",
             log=tuple(example for _, example in log),
             replayable=tuple(await self._replayable(log, jobs)),
-            line=tuple(record.checkpoint for record in line),
+            # a reconsolidation rehearses the neighbours of all that was before it
+            line=tuple(record.checkpoint for record in line[: len(since_last(line)) + 1]),
         )
 
     async def _log(self, line: Sequence[CheckpointRecord]) -> list[tuple[str, Example]]:
@@ -333,15 +388,8 @@ class Scheduler:
         return job
 
     def restart_batch(self) -> None:
-        """The stable checkpoint has moved: what trains on the old one begins again from the new."""
+        """The stable checkpoint has moved: what trains on the old one begins again from the new, if it is an update."""
         if self.running is not None:
+            self.running.aside = STABLE_MOVED
             self.running.cancelled.set()
-
-
-def data_hash(examples: Sequence[Example]) -> str:
-    """sha256 over the examples in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(json.dumps(example.as_dict(), sort_keys=True).encode())
-        digest.update(b"\n")
-    return digest.hexdigest()
+        self.wake()

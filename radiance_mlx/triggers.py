@@ -1,4 +1,4 @@
-"""When waiting jobs train, and which together. Pure: jobs and the time in, a decision out."""
+"""When waiting jobs train, and which together; when the whole log does. Pure: facts and the time in, a decision out."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -52,3 +52,22 @@ def decide(
     if enough or begun or age >= max_age_s:
         return Decision(tuple(job.job_id for job in queued))
     return Decision(wait_s=max_age_s - age)
+
+
+def reconsolidation_due(
+    *,
+    learnt: int,
+    after_updates: int,
+    done: bool,
+    last_accepted: float,
+    idle_s: float,
+    now: float,
+) -> float | None:
+    """Seconds until the whole log is to be trained anew, when nothing is queued: 0 is now, None not as things are.
+
+    `learnt` checkpoints have been published in the stable line since the last time; `done`: that was tried, with
+    whatever end, and nothing new has been learnt since. The last update was accepted at `last_accepted`.
+    """
+    if done or learnt < after_updates:
+        return None
+    return max(0.0, last_accepted + idle_s - now)

@@ -197,6 +197,36 @@ def running(
         service.stop()
 
 
+class Gate:
+    """Holds an async method of a real object until it is opened; `reached` tells that somebody waits."""
+
+    def __init__(self, service: Running, owner: Any, name: str, monkeypatch: Any) -> None:
+        self.reached = threading.Event()
+        self._service, self._open = service, asyncio.Event()
+        inner = getattr(owner, name)
+
+        async def held(*args: Any, **kwargs: Any) -> Any:
+            result = await inner(*args, **kwargs) if name == "commit" else None
+            self.reached.set()
+            await self._open.wait()
+            return result if name == "commit" else await inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, held)
+
+    def wait(self) -> None:
+        assert self.reached.wait(60)
+
+    def open(self) -> None:
+        self._service._thread.loop.call_soon_threadsafe(self._open.set)
+
+
+def nothing_left(service: Running, checkpoint: str) -> bool:
+    """No trace of a batch that was given up."""
+    home = service.home
+    places = [home / "adapters" / checkpoint, home / "state" / "training" / checkpoint]
+    return not any(place.exists() for place in [*places, home / "metrics" / f"{checkpoint}.json"])
+
+
 @contextlib.contextmanager
 def http(service: Service, loop: LoopThread) -> Iterator[httpx.Client]:
     """A client of `service` behind uvicorn on a real port."""

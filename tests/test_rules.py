@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "messages", "config", "blas", ""),
     ("models", "store", "lora", "evaluation", "checkpoints", "storage", "triggers", "curation", "client"),
     ("engine",),
-    ("lineage", "evaluator", "scheduler"),
+    ("lineage", "evaluator", "reconsolidation", "scheduler"),
     ("service", "offline"),
     ("api", "dashboard"),
     ("cli", "__main__"),
@@ -28,7 +28,8 @@ BESIDE = {
     "storage": {"store"},
     "evaluation": {"lora"},
     "lora": {"checkpoints"},
-    "scheduler": {"lineage", "evaluator"},
+    "reconsolidation": {"lineage"},
+    "scheduler": {"lineage", "evaluator", "reconsolidation"},
     "__main__": {"cli"},
 }
 #: who alone may import a library, wherever in the module

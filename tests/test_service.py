@@ -3,11 +3,10 @@
 import asyncio
 import json
 import shutil
-import threading
 from types import SimpleNamespace
 
 import pytest
-from running import ENDLESS, FACTS, QUICK, REFUSALS, example, request, running, until
+from running import ENDLESS, FACTS, QUICK, REFUSALS, Gate, example, nothing_left, request, running, until
 
 from radiance_mlx.config.bases import NANO_FOLDER
 from radiance_mlx.engine.decoder import Decoder
@@ -34,29 +33,6 @@ def question(i):
 def answers(service, number, checkpoints, **options):
     """What each of `checkpoints` says about the fact of that number."""
     return [service.ask(question(number), checkpoint=name, **options).text for name in checkpoints]
-
-
-class Gate:
-    """Holds an async method of a real object until it is opened; `reached` tells that somebody waits."""
-
-    def __init__(self, service, owner, name, monkeypatch):
-        self.reached = threading.Event()
-        self._service, self._open = service, asyncio.Event()
-        inner = getattr(owner, name)
-
-        async def held(*args, **kwargs):
-            result = await inner(*args, **kwargs) if name == "commit" else None
-            self.reached.set()
-            await self._open.wait()
-            return result if name == "commit" else await inner(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, held)
-
-    def wait(self):
-        assert self.reached.wait(60)
-
-    def open(self):
-        self._service._thread.loop.call_soon_threadsafe(self._open.set)
 
 
 # --- asking, teaching, asking again --------------------------------------------------------------
@@ -326,13 +302,6 @@ def test_the_training_adapter_answers_before_publication_under_the_coming_name(t
 
 
 # --- cancelling ----------------------------------------------------------------------------------
-
-
-def nothing_left(service, checkpoint):
-    """No trace of a batch that was given up."""
-    home = service.home
-    places = [home / "adapters" / checkpoint, home / "state" / "training" / checkpoint]
-    return not any(place.exists() for place in [*places, home / "metrics" / f"{checkpoint}.json"])
 
 
 def test_a_job_that_waits_is_cancelled_at_once(tmp_path):

@@ -132,6 +132,7 @@ def test_accept_makes_a_queued_job_with_all_its_fields(store: Store, clock: Cloc
         "idempotency_key": None,
         "body_hash": "h",
         "cancel_requested": False,
+        "consolidates": None,
     }
     assert store.job("job_000001") == job
     assert accept(store).job_id == "job_000002"
@@ -548,6 +549,43 @@ def test_lineages_of_bases_are_apart(store: Store) -> None:
         store.lineage(BASE, other)
 
 
+def test_a_reconsolidation_is_a_job_in_training_without_examples(store: Store, clock: Clock) -> None:
+    """Of the stable checkpoint, and of no other; it is no accepted update, and what came of it says so."""
+    first, second = chain(store, 2)
+    accepted = store.last_accepted()
+    clock.now += 100
+    with pytest.raises(Conflict, match="not the stable"):
+        store.start_reconsolidation(BASE, first)
+    job_id, checkpoint = store.start_reconsolidation(BASE, second)
+    job = store.job(job_id)
+    assert (job.kind, job.consolidates, job.state, job.attempts) == ("reconsolidation", second, "training", 1)
+    assert (job.example_count, store.examples_of([job_id]), store.queued()) == (0, [], [])
+    assert [(name, [j.job_id for j in of]) for name, of in store.interrupted()] == [(checkpoint, [job_id])]
+    assert store.last_accepted() == accepted
+    store.publish(record(checkpoint, second, (job_id,), reconsolidated=True), events=[])
+    assert [one.reconsolidated for one in store.checkpoints()] == [False, False, True]
+
+
+def test_what_was_put_aside_may_be_tried_again_and_what_ended_otherwise_not(store: Store) -> None:
+    """A cancellation that somebody asked for is an end; the note and the event are for the others."""
+    (first,) = chain(store, 1)
+    job_id, _ = store.start_reconsolidation(BASE, first)
+    assert store.last_consolidated(BASE) == 1
+    store.put_aside(job_id, "an update is due")
+    job = store.job(job_id)
+    assert (job.state, job.notes) == ("cancelled", ("an update is due",))
+    assert store.events()[-1]["kind"] == "put_aside"
+    assert (store.last_consolidated(BASE), store.last_consolidated("another")) == (None, None)
+    with pytest.raises(Conflict):
+        store.put_aside(job_id, "again")
+    job_id, _ = store.start_reconsolidation(BASE, first)
+    store.cancel(job_id)
+    store.put_aside(job_id, "an update is due")
+    assert (store.job(job_id).state, store.job(job_id).notes) == ("cancelled", ())
+    assert len([event for event in store.events() if event["kind"] == "put_aside"]) == 1
+    assert store.last_consolidated(BASE) == 1
+
+
 def test_rollback_to_an_ancestor_leaves_the_younger_ones_behind(store: Store, clock: Clock) -> None:
     """All between the old place and the target are rolled back; the journal says why."""
     ids = chain(store, 4)
@@ -751,6 +789,30 @@ def test_a_home_that_cannot_be_used_is_told_as_such(tmp_path: Path) -> None:
         assert not isinstance(caught.value, HomeLocked)
 
 
+def test_a_database_from_before_reconsolidations_goes_on(tmp_path: Path, clock: Clock) -> None:
+    """Its jobs are updates, its checkpoints came of them."""
+    (tmp_path / "state").mkdir()
+    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("tell_reconsolidations")]
+    path = tmp_path / "state" / "radiance.db"
+    Database(path, clock, steps).close()
+    raw = sqlite3.connect(path)
+    raw.execute(
+        """INSERT INTO jobs (number, job_id, state, created, updated, tags, example_count, body_hash)
+           VALUES (1, 'job_000001', 'published', 7, 7, '[]', 0, 'h')"""
+    )
+    raw.execute(
+        """INSERT INTO checkpoints VALUES
+           ('A_2026-02-09_0001', 1, 'b', NULL, 'stable', 7, '["job_000001"]', 'd', '{}', '{}', '{}', '[]', NULL, 0)"""
+    )
+    raw.commit()
+    raw.close()
+    store = Store(tmp_path, clock)
+    assert (store.job("job_000001").kind, store.last_accepted()) == ("update", 7.0)
+    assert [one.reconsolidated for one in store.checkpoints()] == [False]
+    assert store.last_consolidated("b") is None
+    store.close()
+
+
 def test_a_busy_database_raises_store_error_and_the_store_goes_on(tmp_path: Path, store: Store) -> None:
     """Another program that holds the file makes a write fail with a hint; afterwards writes work again."""
     other = sqlite3.connect(tmp_path / "state/radiance.db", isolation_level=None)
@@ -848,6 +910,8 @@ def snapshot(home: Path) -> dict[str, Any]:
     store = Store(home, Clock())
     jobs = store.jobs()
     for job in jobs:
+        if job.kind == "reconsolidation":
+            continue
         assert (home / "data/raw" / f"{job.job_id}.json").read_bytes() == b"raw"
         assert (home / "data/curated" / job.job_id / "examples.jsonl").read_bytes() == b"curated"
         assert len(store.examples_of([job.job_id])) == job.example_count
@@ -873,6 +937,8 @@ ACTIONS: dict[str, Callable[[Store], object]] = {
     "accept": lambda store: accept(store, "a", "b", key="new"),
     "start_batch": lambda store: store.start_batch(["job_000003"], BASE),
     "publish": publish_second,
+    "start_reconsolidation": lambda store: store.start_reconsolidation(BASE, store.stable(BASE) or ""),
+    "put_aside": lambda store: store.put_aside("job_000002", "why"),
     "requeue": lambda store: store.requeue(["job_000002"], count_attempt=False),
     "move_stable": lambda store: store.move_stable(BASE, None, "why"),
 }

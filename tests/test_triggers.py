@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from radiance_mlx.triggers import Decision, decide
+from radiance_mlx.triggers import Decision, decide, reconsolidation_due
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,31 @@ def test_a_clock_that_was_set_back_delays_and_nothing_worse(now):
     decision = batched(Job("a", created=100.0), now=now)
     assert decision.jobs == ()
     assert decision.wait_s == 60.0 + 100.0 - now
+
+
+# --- the whole log, when idle --------------------------------------------------------------------
+
+
+def due(**facts):
+    known = {"learnt": 8, "after_updates": 8, "done": False, "last_accepted": 1000.0, "idle_s": 600.0, "now": 1600.0}
+    return reconsolidation_due(**{**known, **facts})
+
+
+def test_the_log_is_trained_anew_once_enough_was_learnt_and_nothing_came_for_long_enough():
+    assert due() == due(learnt=9) == due(now=1e9) == 0
+
+
+def test_until_it_has_been_idle_for_long_enough_it_waits_for_the_rest():
+    assert due(now=1000.0) == 600
+    assert due(now=1599.0) == 1
+
+
+def test_too_little_learnt_or_tried_already_is_not_until_something_changes():
+    """However long it has been idle."""
+    assert due(learnt=7, now=1e9) is None
+    assert due(learnt=0, after_updates=1, now=1e9) is None
+    assert due(done=True, now=1e9) is None
+
+
+def test_a_clock_that_was_set_back_delays_the_log_and_nothing_worse():
+    assert due(now=0.0) == 1600

@@ -41,6 +41,7 @@ def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
     stopping = job.cancel_requested and job.state not in FINAL_STATES
     return {
         "job_id": job.job_id,
+        "kind": job.kind,
         "state": job.state,
         "created": iso(job.created),
         "updated": iso(job.updated),
@@ -70,4 +71,5 @@ def checkpoint_body(record: CheckpointRecord, current: str) -> dict[str, Any]:
         "notes": list(record.notes),
         "damaged": record.damaged,
         "pruned": record.pruned,
+        "reconsolidated": record.reconsolidated,
     }

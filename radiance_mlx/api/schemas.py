@@ -241,9 +241,13 @@ class Progress(BaseModel):
 
 
 class Job(BaseModel):
-    """One accepted update. `checkpoint` is the one it became, or is becoming."""
+    """One accepted update, or one reconsolidation, which has no examples of its own.
+
+    `checkpoint` is the one it became, or is becoming.
+    """
 
     job_id: str
+    kind: Literal["update", "reconsolidation"]
     state: Literal[
         "review",
         "queued",
@@ -291,6 +295,7 @@ class Checkpoint(BaseModel):
     notes: list[str]
     damaged: str | None
     pruned: bool
+    reconsolidated: bool
     serving: Serving | None = None
 
 

@@ -142,10 +142,12 @@ def progress_words(progress: dict[str, Any] | None) -> str:
 
 
 def _remarks(job: dict[str, Any]) -> str:
+    words = [] if job.get("kind", "update") == "update" else [str(job["kind"])]
     if job.get("error"):
-        return str(job["error"].get("message", ""))
+        return " · ".join([*words, str(job["error"].get("message", ""))])
     under_way = job.get("state") in UNDER_WAY
-    return progress_words(job.get("progress") if under_way else None) or "; ".join(job.get("notes") or [])
+    said = progress_words(job.get("progress") if under_way else None) or "; ".join(job.get("notes") or [])
+    return " · ".join([*words, *([said] if said else [])])
 
 
 def jobs_table(jobs: list[dict[str, Any]]) -> RenderableType:
@@ -170,6 +172,7 @@ def job_view(job: dict[str, Any]) -> RenderableType:
     """Everything about one job."""
     rows: list[tuple[str, Any]] = [
         ("job", job.get("job_id")),
+        *([] if job.get("kind", "update") == "update" else [("kind", str(job["kind"]))]),
         ("state", status(job.get("state"))),
         ("created", f"{job.get('created')} ({ago(job.get('created'))})"),
         ("updated", f"{job.get('updated')} ({ago(job.get('updated'))})"),

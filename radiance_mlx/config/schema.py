@@ -142,6 +142,14 @@ class RehearsalSection(Section):
     rewording: bool = False
 
 
+class ReconsolidateSection(Section):
+    """When `lineage: reconsolidate` trains the whole log anew from the base, and in how many steps at most."""
+
+    after_updates: Positive = 8
+    idle_minutes: Duration = 10
+    max_steps: Positive = 2000
+
+
 class BatchSection(Section):
     """When `update_mode: batched` starts to train: whichever comes first."""
 
@@ -251,12 +259,13 @@ class Config(BaseSettings):
     preset: Annotated[Literal["none", "lasting"], BeforeValidator(_none_is_a_word)] = "none"
     base_model: Annotated[str, Field(min_length=1)] = "nano"
     update_mode: Literal["immediate", "batched"] = "batched"
-    lineage: Literal["continue", "fresh"] = "continue"
+    lineage: Literal["continue", "fresh", "reconsolidate"] = "continue"
     model: ModelSection = ModelSection()
     lora: LoraSection = LoraSection()
     training: TrainingSection = TrainingSection()
     replay: ReplaySection = ReplaySection()
     rehearsal: RehearsalSection = RehearsalSection()
+    reconsolidate: ReconsolidateSection = ReconsolidateSection()
     batch: BatchSection = BatchSection()
     evaluation: EvaluationSection = EvaluationSection()
     server: ServerSection = ServerSection()

@@ -29,6 +29,7 @@ def training_metrics(
     return {
         "checkpoint": batch.checkpoint,
         "parent": batch.parent,
+        "reconsolidated": batch.reconsolidated,
         "finetune_loss": final_loss,
         "eval_loss": final_loss,
         **nothing_measured(),

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from ..checkpoints.folder import read, replace_folder, unfinished, verify
 from ..config import Config
+from ..config.schema import ReplaySection
 from ..errors import Cancelled, CheckpointDamaged, ModelError, RadianceError, TrainingFailed
 from ..evaluation.plan import Plan
 from ..lora import files, memory
@@ -64,11 +65,15 @@ class TrainingTask:
         self.batch = batch
         self._base, self._config, self._home, self._report = base, config, home, report
         self._targets, self._backend, self._cancelled = targets, backend, cancelled
-        self._notes: list[str] = []
+        self._notes = list(batch.notes)
         self._started = time.time()
         self._settings = config.training.model_copy(
-            update={"max_seq_length": min(config.training.max_seq_length, context)}
+            update={
+                "max_seq_length": min(config.training.max_seq_length, context),
+                "max_steps": batch.max_steps or config.training.max_steps,
+            }
         )
+        self._replay = ReplaySection() if batch.reconsolidated else config.replay
         self._encoder, self._bank_bytes = encoder, bank_bytes
         self._head_on_targets = head_on_targets and config.training.slice_ms > 0
         self._examples: list[Encoded] = []
@@ -80,11 +85,11 @@ class TrainingTask:
         self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings.max_seq_length)
         self._lasting: Lasting | None = None
         self._rehearsed_anchors = plan.rehearsed if plan else ()
-        if Lasting.wanted(config.replay, config.rehearsal):
+        if Lasting.wanted(self._replay, config.rehearsal):
             asked = Asked(
                 base.module, base.vocab_size, encoder, targets, home / "state" / "rehearsal", base.fingerprint
             )
-            self._lasting = Lasting(asked, config.replay, config.rehearsal)
+            self._lasting = Lasting(asked, self._replay, config.rehearsal)
         self._head: TargetRows | None = None
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
@@ -213,7 +218,7 @@ class TrainingTask:
         """What a kept state must have in common with this batch to be gone on from."""
         facts = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
         config = self._config
-        chosen = (config.lora, self._settings, config.replay, config.rehearsal)
+        chosen = (config.lora, self._settings, self._replay, config.rehearsal)
         sections = [section.model_dump() for section in chosen]
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
 
@@ -344,7 +349,7 @@ class TrainingTask:
             "lora": lora.model_dump(),
             "merge_toward_base": self._config.serving.merge_toward_base,
             "training": self._settings.model_dump(),
-            "replay": self._config.replay.model_dump(),
+            "replay": self._replay.model_dump(),
             "rehearsal": self._config.rehearsal.model_dump(),
         }
         return TrainResult(
@@ -360,6 +365,7 @@ class TrainingTask:
             notes=tuple(self._notes),
             data_hash=self.batch.data_hash,
             jobs=self.batch.jobs,
+            reconsolidated=self.batch.reconsolidated,
         )
 
     def close(self, *, forget_state: bool) -> None:

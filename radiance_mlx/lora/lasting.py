@@ -18,6 +18,7 @@ from ..errors import CheckpointDamaged
 from ..messages import Example
 from .encoding import ChatEncoder, Encoded, Messages
 from .head import install_head
+from .log import still_true
 from .neighbours import mentions, names_in, neighbours
 from .rehearsal import Rehearsal, Rehearsed, Source, load_rows, save_rows, teacher
 from .replay import Replay, reservoir
@@ -194,16 +195,6 @@ class Lasting:
         except CheckpointDamaged:  # it had none, or trained without
             return []
         return [row for row in rows if not mentions(self._base.text(row.row), names)]
-
-
-def still_true(log: Sequence[Example], new: Sequence[Example]) -> list[Example]:
-    """`log` (oldest first) without what has been answered otherwise since: of equal prompts the last one counts.
-
-    A prompt that is in `new` is left out too, with whatever answer it had. Plain texts all stay.
-    """
-    last = {_prompt(e): i for i, e in enumerate(log)}
-    asked = {_prompt(e) for e in new}
-    return [e for i, e in enumerate(log) if not (p := _prompt(e)) or (last[p] == i and p not in asked)]
 
 
 def _prompt(example: Example) -> Messages:

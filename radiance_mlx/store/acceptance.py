@@ -32,6 +32,7 @@ def new_job(
     idempotency_key: str | None,
     body_hash: str,
     now: float,
+    consolidates: str | None = None,
 ) -> JobRecord:
     """Insert the next job with its examples; it gets the next number."""
     number = jobs.next_number(db)
@@ -50,6 +51,7 @@ def new_job(
         progress=None,
         idempotency_key=idempotency_key,
         body_hash=body_hash,
+        consolidates=consolidates,
     )
     jobs.insert(db, job, examples)
     return job

@@ -35,6 +35,7 @@ class CheckpointRecord:
     notes: tuple[str, ...] = ()
     damaged: str | None = None  # what is wrong with its files
     pruned: bool = False  # its folder was removed to save room
+    reconsolidated: bool = False  # trained from the base over the whole log of its parent's line
 
 
 def reserve(db: sqlite3.Connection, base_hash: str, now: float) -> str:
@@ -175,5 +176,6 @@ def _record(row: sqlite3.Row) -> CheckpointRecord:
         values[name] = json.loads(row[name])
     for name in ("jobs", "notes"):
         values[name] = tuple(json.loads(row[name]))
-    values["pruned"] = bool(row["pruned"])
+    for name in ("pruned", "reconsolidated"):
+        values[name] = bool(row[name])
     return CheckpointRecord(**values)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from ..errors import Cancelled, Conflict, NotFound
-from ..messages import FINAL_STATES, Example, JobState
+from ..messages import FINAL_STATES, Example, JobKind, JobState
 from .database import optional_from_json, optional_json, to_json
 
 #: what `set_state` may do. Into training and published lead `start_batch` and `publish` alone, and out of
@@ -27,7 +27,7 @@ _IN_LIST = "job_id IN (SELECT value FROM json_each(?))"
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """One accepted update as it stood when it was read."""
+    """One accepted update, or one reconsolidation, as it stood when it was read."""
 
     job_id: str
     number: int
@@ -44,6 +44,12 @@ class JobRecord:
     idempotency_key: str | None
     body_hash: str
     cancel_requested: bool = False  # while it trains: to be cancelled, not published
+    consolidates: str | None = None  # the checkpoint whose whole log it trains anew; None: an update
+
+    @property
+    def kind(self) -> JobKind:
+        """A reconsolidation has no examples of its own, and is never queued."""
+        return "update" if self.consolidates is None else "reconsolidation"
 
 
 def next_number(db: sqlite3.Connection) -> int:
@@ -54,9 +60,9 @@ def insert(db: sqlite3.Connection, job: JobRecord, examples: Sequence[Example]) 
     row = (job.number, job.job_id, job.state, job.created, job.updated, to_json(job.tags), job.example_count)
     db.execute(
         """INSERT INTO jobs
-           (number, job_id, state, created, updated, tags, example_count, idempotency_key, body_hash)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-        (*row, job.idempotency_key, job.body_hash),
+           (number, job_id, state, created, updated, tags, example_count, idempotency_key, body_hash, consolidates)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        (*row, job.idempotency_key, job.body_hash, job.consolidates),
     )
     db.executemany(
         "INSERT INTO examples VALUES (?, ?, ?)",
@@ -113,6 +119,20 @@ def examples(db: sqlite3.Connection, job_ids: Iterable[str]) -> list[tuple[str, 
         (to_json(list(job_ids)),),
     )
     return [(row["job_id"], Example.from_dict(json.loads(row["body"]))) for row in rows]
+
+
+def last_accepted(db: sqlite3.Connection) -> float | None:
+    row = db.execute("SELECT max(created) FROM jobs WHERE consolidates IS NULL").fetchone()
+    return None if row[0] is None else float(row[0])
+
+
+def last_consolidated(db: sqlite3.Connection, base_hash: str) -> int | None:
+    row = db.execute(
+        """SELECT max(checkpoints.number) FROM jobs JOIN checkpoints ON checkpoints.checkpoint = jobs.consolidates
+           WHERE checkpoints.base_hash = ? AND (jobs.state != 'cancelled' OR jobs.cancel_requested)""",
+        (base_hash,),
+    ).fetchone()
+    return None if row[0] is None else int(row[0])
 
 
 def interrupted(db: sqlite3.Connection) -> list[tuple[str, list[JobRecord]]]:

@@ -124,10 +124,17 @@ def remember_cancellations(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE jobs ADD COLUMN cancel_requested INTEGER NOT NULL DEFAULT 0")
 
 
+def tell_reconsolidations(db: sqlite3.Connection) -> None:
+    """A job that trains the whole log anew, of which checkpoint; and a checkpoint that came of one."""
+    db.execute("ALTER TABLE jobs ADD COLUMN consolidates TEXT REFERENCES checkpoints (checkpoint)")
+    db.execute("ALTER TABLE checkpoints ADD COLUMN reconsolidated INTEGER NOT NULL DEFAULT 0")
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     create_jobs,
     create_checkpoints,
     create_events,
     create_meta,
     remember_cancellations,
+    tell_reconsolidations,
 )

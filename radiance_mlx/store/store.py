@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import StoreError
+from ..errors import Conflict, StoreError
 from ..messages import Example
 from . import acceptance, checkpoints, jobs, journal
 from .checkpoints import CheckpointRecord
@@ -168,6 +168,50 @@ class Store:
         """
         with self._database.write() as db:
             return jobs.requeue(db, job_ids, count_attempt, self._clock())
+
+    # reconsolidations
+
+    def last_accepted(self) -> float | None:
+        """When the newest update was accepted, in seconds since the epoch; None before the first."""
+        with self._database.read() as db:
+            return jobs.last_accepted(db)
+
+    def last_consolidated(self, base_hash: str) -> int | None:
+        """The highest number of a checkpoint of this base whose log was, or is being, trained anew, with whatever end.
+
+        What was put aside does not count, a cancellation that somebody asked for does.
+        """
+        with self._database.read() as db:
+            return jobs.last_consolidated(db, base_hash)
+
+    def start_reconsolidation(self, base_hash: str, consolidates: str) -> tuple[str, str]:
+        """Make a job, in training from its beginning; (its id, the checkpoint that it becomes).
+
+        Raises `Conflict` unless `consolidates` is the stable checkpoint of this base.
+        """
+        with self._database.write() as db:
+            if checkpoints.stable(db, base_hash) != consolidates:
+                raise Conflict(f"{consolidates} is not the stable checkpoint: its log is not trained anew.")
+            now = self._clock()
+            job = acceptance.new_job(db, [], [], "queued", None, "", now, consolidates)
+            checkpoint = checkpoints.reserve(db, base_hash, now)
+            jobs.start(db, [job.job_id], checkpoint, now)
+        return job.job_id, checkpoint
+
+    def put_aside(self, job_id: str, why: str) -> None:
+        """End a reconsolidation in training: it is cancelled, with the note `why` and an event.
+
+        If somebody has asked for its end meanwhile, it is cancelled like any other job. Raises `Conflict` when it
+        does not train.
+        """
+        with self._database.write() as db:
+            job, now = jobs.one(db, job_id), self._clock()
+            jobs.require([job], jobs.IN_BATCH, "cannot be put aside")
+            asked = job.cancel_requested
+            jobs.set_state(db, [job_id], "cancelled", None, [] if asked else [why], now)
+            if not asked:
+                data = {"jobs": [job_id], "checkpoint": job.checkpoint, "consolidates": job.consolidates, "why": why}
+                journal.append(db, "put_aside", data, now)
 
     # checkpoints
 
