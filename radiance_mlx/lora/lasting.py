@@ -5,6 +5,8 @@ the model is held to what the base says (`rehearsal`): to what it says by itself
 anchors; and the lesson in the base's own other wordings (`rewording`). Preparing them asks the base, in pieces.
 """
 
+import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,14 +18,15 @@ from ..checkpoints.folder import replace_folder, unfinished
 from ..config.schema import RehearsalSection, ReplaySection
 from ..errors import CheckpointDamaged
 from ..messages import Example
+from ..store.files import write_durably
 from .encoding import ChatEncoder, Encoded, Messages
 from .head import install_head
 from .log import still_true
 from .neighbours import mentions, names_in, neighbours
 from .rehearsal import Rehearsal, Rehearsed, Source, load_rows, save_rows, teacher
 from .replay import Replay, reservoir
-from .rewording import Wordings
-from .speaking import answer, say_anything
+from ..engine.rewording import Wordings
+from ..engine.speaking import answer, say_anything
 from .step import Piece
 from .targets import Targets
 from .tree import adapter_tree, idle_adapter
@@ -88,6 +91,23 @@ class Asked:
         yield from self.taught_by(said, out)
         _save(place, out, facts)
 
+    def recall(self, wordings: Wordings) -> None:
+        """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            kept = json.loads(self._wordings.read_text(encoding="utf-8"))
+            if kept["names"] == wordings.names:
+                wordings.recall(kept["answers"])
+
+    def remember(self, wordings: Wordings) -> None:
+        """Keep the base's answers to its own wordings: they are the same for every update."""
+        own = {wording: given for wording, given in wordings.answers.items() if wording in wordings.own}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_durably(self._wordings, json.dumps({"names": wordings.names, "answers": own}).encode())
+
+    @property
+    def _wordings(self) -> Path:
+        return self.folder / "wordings.json"
+
     def text(self, row: Encoded, start: int = 0) -> str:
         """A row's tokens from `start` on, as text."""
         return str(self.encoder.tokenizer.decode(list(row.tokens[start:])))
@@ -142,8 +162,10 @@ class Lasting:
         base = self._base
         said = [base.text(row.row) for row in self._own]
         wordings = Wordings(_questions(said, base.encoder), base.count)
+        base.recall(wordings)
         asked = [e for e in lesson.examples if _is_pair(e)]
         yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for e in asked])
+        base.remember(wordings)
         for example in asked:
             for other in wordings.others(example.messages[0][1]):
                 reworded = Example(messages=(("user", other), example.messages[1]))

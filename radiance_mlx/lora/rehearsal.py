@@ -170,7 +170,10 @@ class RehearsalLoss:
 
 
 class Rehearsal:
-    """What is rehearsed while one batch is learnt: `rows` rows in each optimizer step, the sources in `turns`."""
+    """What is rehearsed while one batch is learnt: `rows` rows of one source in each optimizer step, in `turns`.
+
+    Rows of two sources in one step are mostly of two widths, and cost two passes over the weights.
+    """
 
     def __init__(self, sources: Sequence[Source], *, kl_weight: float, rows: int) -> None:
         if kl_weight < 0 or rows < 0 or any(source.share < 0 for source in sources):
@@ -196,16 +199,14 @@ class Rehearsal:
         if not sources:
             yield from itertools.repeat([])
             return
-        total = sum(share for _, share in sources)
         orders = [
-            _alike([len(r.row.tokens) for r in rows], max(1, round(self.rows * share / total)), (*seed, place))
-            for place, (rows, share) in enumerate(sources)
+            _alike([len(r.row.tokens) for r in rows], self.rows, (*seed, place))
+            for place, (rows, _) in enumerate(sources)
         ]
-        turn = turns([share for _, share in sources])
-        for step in itertools.count():
-            chosen = [(place, next(orders[place])) for place in itertools.islice(turn, self.rows)]
+        for step, place in enumerate(turns([share for _, share in sources])):
+            chosen = list(itertools.islice(orders[place], self.rows))
             if step >= start:
-                yield _batches([sources[place][0][i] for place, i in chosen], batch_size)
+                yield _batches([sources[place][0][i] for i in chosen], batch_size)
 
 
 def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What a model says: continuations of prompts, drawn freely or taken greedily, by mlx-lm's `BatchGenerator`.
+"""What a model says: continuations of prompts, drawn freely or taken greedily, many at a time.
 
 Every function that runs the model is a generator of `Piece`s with nothing left to evaluate: between two of them
 whoever drives may do other work. The results are in the list that the caller gives, once the generator is through.
@@ -10,14 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator
 
 from ..errors import InvalidRequest
-from .encoding import ChatEncoder, Encoded
-from .step import Piece
+from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.step import Piece
+from .generation import JoiningGenerator
 
 #: sequences that are decoded together
-TOGETHER = 32
+TOGETHER = 64
 #: contents with nothing in common, to see where a user's words begin in a rendered chat
 _UNLIKE = ("apple", "7", "Zoo", "(", "\N{GREEK SMALL LETTER OMEGA}")
 
@@ -28,9 +28,9 @@ class _Draw:
     def __init__(self, seed: int) -> None:
         self._key = mx.random.key(seed)
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array) -> mx.array:
         self._key, now = mx.random.split(self._key)
-        return mx.random.categorical(logprobs, key=now)
+        return mx.random.categorical(logits, key=now)
 
 
 def speak(
@@ -49,7 +49,7 @@ def speak(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     options: dict[str, Any] = {"sampler": _Draw(seed)} if seed is not None else {}
-    generator = BatchGenerator(
+    generator = JoiningGenerator(
         model,
         stop_tokens=[[end] for end in sorted(set(ends))],
         completion_batch_size=TOGETHER,

@@ -7,20 +7,20 @@ it says by itself (`speaking.say_anything`). A base that never uses a lesson's k
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.nn as nn
 
-from .encoding import ChatEncoder, Encoded
-from .neighbours import CountTokens, RareWords
+from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.neighbours import CountTokens, RareWords
+from ..lora.step import Piece
 from .speaking import answer
-from .step import Piece
 
 #: stands for the name in a wording, and in an answer
 _NAME = "\N{OBJECT REPLACEMENT CHARACTER}"
 #: names that wordings are filled with; of them, those that must get different answers in one wording, and
 #: how many wordings of its own are tried, the most frequent first
-NAMES, TELLING, WORDINGS = 32, 3, 64
+NAMES, TELLING, WORDINGS = 16, 3, 48
 
 
 class Wordings:
@@ -41,6 +41,15 @@ class Wordings:
         known = Counter(name for wording, name in taken if wording in self.own)
         self.names = [name for name, _ in known.most_common(NAMES)]
         self._answers: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def answers(self) -> dict[str, list[str]]:
+        """What has been answered so far: for each wording the answers about `names`, with the name marked."""
+        return {wording: list(answers) for wording, answers in self._answers.items()}
+
+    def recall(self, answers: Mapping[str, Sequence[str]]) -> None:
+        """Put back what `answers` gave, of the same base and questions."""
+        self._answers.update({wording: tuple(given) for wording, given in answers.items()})
 
     def take_apart(self, question: str) -> tuple[str, str] | None:
         """(wording, name) of a question about one name."""
