@@ -16,6 +16,8 @@ import mlx.nn as nn
 
 from ..checkpoints.folder import replace_folder, unfinished
 from ..config.schema import RehearsalSection, ReplaySection
+from ..engine.rewording import Wordings
+from ..engine.speaking import answer, say_anything
 from ..errors import CheckpointDamaged
 from ..messages import Example
 from ..store.files import write_durably
@@ -25,8 +27,6 @@ from .log import still_true
 from .neighbours import mentions, names_in, neighbours
 from .rehearsal import Rehearsal, Rehearsed, Source, load_rows, save_rows, teacher
 from .replay import Replay, reservoir
-from ..engine.rewording import Wordings
-from ..engine.speaking import answer, say_anything
 from .step import Piece
 from .targets import Targets
 from .tree import adapter_tree, idle_adapter
