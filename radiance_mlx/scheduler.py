@@ -11,7 +11,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -242,7 +243,12 @@ class Scheduler:
         if replay.fraction == 0 and rehearsal.kl_weight == 0:
             return []
         jobs = [job for record in reversed(line) for job in record.jobs]
-        return (await self._store(lambda s: s.examples_of(jobs)))[-LOG_EXAMPLES:]
+        rows = await self._store(lambda s: s.examples_of(jobs))
+        held_out = [record for record in line if record.metrics.get("never_trained")]
+        if held_out:
+            batches = await self._store(lambda s: [s.examples_of(record.jobs) for record in held_out])
+            rows = _trained(rows, [(b, r.metrics["never_trained"]) for b, r in zip(batches, held_out, strict=True)])
+        return rows[-LOG_EXAMPLES:]
 
     async def _replayable(self, log: Sequence[tuple[str, Example]], jobs: Sequence[JobRecord]) -> list[Example]:
         if not self._config.replay.by_tag:
@@ -345,3 +351,22 @@ def data_hash(examples: Sequence[Example]) -> str:
         digest.update(json.dumps(example.as_dict(), sort_keys=True).encode())
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def _trained(
+    rows: Sequence[tuple[str, Example]], batches: Iterable[tuple[Sequence[tuple[str, Example]], Sequence[int]]]
+) -> list[tuple[str, Example]]:
+    """`rows` of (job, example) without what was held out for good: of each batch's own rows, those at the places."""
+    left_out = set[tuple[str, int]]()
+    for batch, places in batches:
+        numbered = list(_numbered(batch))
+        left_out.update(numbered[place] for place in places)
+    return [row for row, number in zip(rows, _numbered(rows), strict=True) if number not in left_out]
+
+
+def _numbered(rows: Iterable[tuple[str, Example]]) -> Iterator[tuple[str, int]]:
+    """The job of each row, and its place among the rows of that job."""
+    seen = Counter[str]()
+    for job, _ in rows:
+        yield job, seen[job]
+        seen[job] += 1

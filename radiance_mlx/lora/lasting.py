@@ -98,11 +98,15 @@ class Asked:
 
 
 class Lasting:
-    """Prepares one lesson by the switches. `examples`, `replay` and `rehearsal` are there after `prepare`."""
+    """Prepares one lesson by the switches. `examples`, `replay` and `rehearsal` are there after `prepare`.
+
+    `examples[i]` says the lesson's example at `origins[i]` in other words.
+    """
 
     def __init__(self, base: Asked, replay: ReplaySection, rehearsal: RehearsalSection) -> None:
         self._base, self._replay, self._settings = base, replay, rehearsal
         self.examples: list[Encoded] = []
+        self.origins: list[int] = []
         self.replay: Replay | None = None
         self.rehearsal: Rehearsal | None = None
         self._own: list[Rehearsed] = []
@@ -141,12 +145,13 @@ class Lasting:
         base = self._base
         said = [base.text(row.row) for row in self._own]
         wordings = Wordings(_questions(said, base.encoder), base.count)
-        asked = [e for e in lesson.examples if _is_pair(e)]
-        yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for e in asked])
-        for example in asked:
+        asked = [(origin, e) for origin, e in enumerate(lesson.examples) if _is_pair(e)]
+        yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for _, e in asked])
+        for origin, example in asked:
             for other in wordings.others(example.messages[0][1]):
                 reworded = Example(messages=(("user", other), example.messages[1]))
                 self.examples.append(base.encoder.example(reworded, max_tokens=lesson.max_tokens))
+                self.origins.append(origin)
         yield Piece([], barrier=True)
 
     # --- rehearsal -----------------------------------------------------------------------------------
