@@ -126,7 +126,8 @@ class Evaluator:
             measured = record.metrics.get("own_sample")
             if measured is None:
                 continue
-            rows = await examples_of(record.jobs)
+            never = set(record.metrics.get("never_trained") or ())
+            rows = [e for place, e in enumerate(await examples_of(record.jobs)) if place not in never]
             examples = tuple(rows[i] for i in spread(len(rows), measured["sample"]))
             updates.append(EarlierUpdate(record.checkpoint, examples, measured["loss_before"], measured["loss_after"]))
         return tuple(updates)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .config import Config
 from .curation import data_hash
+from .earlier import Log
 from .errors import Cancelled
 from .lineage import Lineage, number_of
 from .lora.log import still_true
@@ -27,6 +28,7 @@ class Reconsolidation:
 
     def __init__(self, config: Config, store: StoreThread, lineage: Lineage, clock: Callable[[], float]) -> None:
         self._config, self._store, self._lineage, self._clock = config, store, lineage, clock
+        self._log = Log(store)
 
     async def wait_s(self) -> float | None:
         """Seconds until one is due, 0 for now, when nothing is queued; None: not before something changes."""
@@ -53,9 +55,8 @@ class Reconsolidation:
     async def examples(self, consolidates: str) -> tuple[Example, ...]:
         """All that led to the checkpoint, oldest first, without what has been answered otherwise since."""
         line = await self._store(lambda s: s.lineage(s.checkpoint(consolidates).base_hash, consolidates))
-        names = [job for record in line for job in record.jobs]
-        log = await self._store(lambda s: s.examples_of(names))
-        return tuple(still_true([example for _, example in log], ()))
+        rows = await self._log.rows(line)
+        return tuple(still_true([example for _, example in rows], ()))
 
     async def batch(self, job: JobRecord, checkpoint: str) -> TrainBatch:
         """What is to be trained. Raises `Cancelled`, with why, if that is moot by now."""

@@ -17,6 +17,7 @@ import structlog
 
 from .config import Config
 from .curation import data_hash
+from .earlier import Log
 from .engine.thread import EngineThread
 from .errors import Cancelled, CheckpointDamaged, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
 from .evaluator import Evaluator
@@ -31,7 +32,6 @@ log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 4  # the first, and three times taken up again
 PERSIST_S = 1.0
 LOOK_S = 60.0
-LOG_EXAMPLES = 100_000  # the newest so many can be replayed
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Scheduler:
     ) -> None:
         self._config, self._home, self._clock = config, home, clock
         self._store, self._engine, self._lineage, self._evaluator = store, engine, lineage, evaluator
+        self._log = Log(store)
         self._reconsolidation = Reconsolidation(config, store, lineage, clock)
         self._wake = asyncio.Event()
         self._alone: set[str] = set()  # jobs that failed in company
@@ -276,7 +277,7 @@ class Scheduler:
             return await self._reconsolidation.batch(jobs[0], running.checkpoint)
         examples = await self._examples(running.jobs)
         line = await self._line()
-        log = await self._log(line)
+        log = await self._log.rows(line) if self._uses_log else []
         return TrainBatch(
             checkpoint=running.checkpoint,
             parent=self._lineage.stable,
@@ -286,27 +287,14 @@ class Scheduler:
             number=number_of(running.checkpoint),
             lineage="fresh" if self._config.lineage == "fresh" else "continue",
             log=tuple(example for _, example in log),
-            replayable=tuple(await self._replayable(log, jobs)),
+            replayable=tuple(await self._log.replayable(log, jobs, self._config.replay.by_tag)),
             # a reconsolidation rehearses the neighbours of all that was before it
             line=tuple(record.checkpoint for record in line[: len(since_last(line)) + 1]),
         )
 
-    async def _log(self, line: Sequence[CheckpointRecord]) -> list[tuple[str, Example]]:
-        """(job, example) of all that was learnt on the way here, oldest first, if anything has a use for it."""
-        replay, rehearsal = self._config.replay, self._config.rehearsal
-        if replay.fraction == 0 and rehearsal.kl_weight == 0:
-            return []
-        jobs = [job for record in reversed(line) for job in record.jobs]
-        return (await self._store(lambda s: s.examples_of(jobs)))[-LOG_EXAMPLES:]
-
-    async def _replayable(self, log: Sequence[tuple[str, Example]], jobs: Sequence[JobRecord]) -> list[Example]:
-        if not self._config.replay.by_tag:
-            return [example for _, example in log]
-        wanted = {tag for job in jobs for tag in job.tags}
-        names = list(dict.fromkeys(job for job, _ in log))
-        earlier = await self._store(lambda s: [s.job(name) for name in names])
-        sharing = {job.job_id for job in earlier if wanted.intersection(job.tags)}
-        return [example for job, example in log if job in sharing]
+    @property
+    def _uses_log(self) -> bool:
+        return self._config.replay.fraction > 0 or self._config.rehearsal.kl_weight > 0
 
     async def _line(self) -> list[CheckpointRecord]:
         """The stable checkpoint and what led to it, newest first."""

@@ -378,3 +378,36 @@ def test_what_yaml_cannot_read_is_a_clear_error(tmp_path, value):
     assert "config.yaml" in faults(tmp_path, f"base_model: {value}").message
     error = faults(tmp_path, environ={"RADIANCE_MODEL__CHAT_TEMPLATE_ARGS__A": value})
     assert error.details[0]["key"] == "model.chat_template_args.a"
+
+
+@pytest.mark.parametrize(
+    ("training", "key", "named"),
+    [
+        ("eval_fraction: 1.0", "eval_fraction", "less than 1"),
+        ("eval_fraction: -0.1", "eval_fraction", "greater than or equal to 0"),
+        ("eval_fraction: 0.1, slice_ms: 0", "eval_fraction", "training.slice_ms: 0"),
+        ("eval_holdout: true", "eval_holdout", "training.eval_fraction above 0"),
+        ("eval_fraction: 0.1, max_steps: 1", "eval_holdout", "training.max_steps: 1"),
+        ("patience: 3", "patience", "training.eval_fraction above 0"),
+        ("patience: 3, eval_fraction: 0.1, eval_every: 0", "patience", "training.eval_every above 0"),
+        ("patience: 3, eval_every: 0", "patience", "training.eval_fraction and training.eval_every"),
+    ],
+)
+def test_what_is_held_out_needs_the_keys_it_rests_on(tmp_path, training, key, named):
+    """One fault, at the key that cannot be as it is, with the one that it needs."""
+    error = faults(tmp_path, f"training: {{{training}}}")
+    assert [fault["key"] for fault in error.details] == [f"training.{key}"]
+    assert named in error.details[0]["problem"]
+
+
+def test_what_is_held_out_with_what_it_needs(tmp_path):
+    """All three keys together; and a single step where the held-out rows stay out."""
+    text = "training: {eval_fraction: 0.1, eval_holdout: true, patience: 3, eval_every: 1, max_steps: 1}"
+    training = load(tmp_path, text).training
+    assert (training.eval_fraction, training.eval_holdout, training.patience) == (0.1, True, 3)
+
+
+def test_a_fault_in_a_key_is_no_second_fault_in_those_that_need_it(tmp_path):
+    """What is told once is enough."""
+    error = faults(tmp_path, "training: {eval_fraction: 2, eval_holdout: true, patience: 3}")
+    assert [fault["key"] for fault in error.details] == ["training.eval_fraction"]

@@ -6,8 +6,8 @@ import pytest
 from running import QUICK, running
 
 from radiance_mlx.config import load_config
+from radiance_mlx.engine.lasting import still_true
 from radiance_mlx.errors import ConfigError
-from radiance_mlx.lora.lasting import still_true
 from radiance_mlx.messages import Example
 from radiance_mlx.models.nano import world
 

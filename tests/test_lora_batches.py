@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from radiance_mlx.lora.batches import batch_stream, batches_once, target_positions
+from radiance_mlx.lora.batches import batch_stream, batches_once, fit_to_data, target_positions
 from radiance_mlx.lora.encoding import Encoded
-from radiance_mlx.lora.trainer import fit_to_data
 
 
 def numbered(count, length=6):

@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "radiance_mlx"
 #: the layers from below; a module may import its own layer and those before it
 LAYERS = (
     ("errors", "messages", "config", "blas", ""),
-    ("models", "store", "lora", "evaluation", "checkpoints", "storage", "triggers", "curation", "client"),
+    ("models", "store", "lora", "evaluation", "checkpoints", "storage", "earlier", "triggers", "curation", "client"),
     ("engine",),
     ("lineage", "evaluator", "reconsolidation", "scheduler"),
     ("service", "offline"),
@@ -26,8 +26,8 @@ BESIDE = {
     "config": {"errors"},
     "checkpoints": {"store"},
     "storage": {"store"},
+    "earlier": {"storage", "store"},
     "evaluation": {"lora"},
-    "lora": {"checkpoints"},
     "reconsolidation": {"lineage"},
     "scheduler": {"lineage", "evaluator", "reconsolidation"},
     "__main__": {"cli"},

@@ -119,6 +119,40 @@ class TrainingSection(Section):
     slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     save_every_s: Duration = 30.0
+    # last: their validators ask for the keys above
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    eval_holdout: bool = False
+    patience: NotNegative = 0
+
+    @field_validator("eval_fraction")
+    @classmethod
+    def _our_own_loop_holds_out(cls, fraction: float, info: ValidationInfo) -> float:
+        # a key that is at fault is not there: that fault is told, and is enough
+        if fraction > 0 and info.data.get("slice_ms") == 0:
+            raise ValueError("with training.slice_ms: 0 (mlx-lm's own train loop) nothing can be held out: set it to 0")
+        return fraction
+
+    @field_validator("eval_holdout")
+    @classmethod
+    def _something_is_held_out(cls, holdout: bool, info: ValidationInfo) -> bool:
+        fraction = info.data.get("eval_fraction")
+        if holdout and fraction == 0:
+            raise ValueError("needs training.eval_fraction above 0: nothing is held out")
+        if not holdout and fraction and info.data.get("max_steps") == 1:
+            raise ValueError(
+                "must be true with training.max_steps: 1 and training.eval_fraction above 0: "
+                "no step is left to learn the held-out rows"
+            )
+        return holdout
+
+    @field_validator("patience")
+    @classmethod
+    def _has_something_to_wait_for(cls, patience: int, info: ValidationInfo) -> int:
+        missing = [key for key in ("eval_fraction", "eval_every") if info.data.get(key) == 0]
+        if patience and missing:
+            needed = " and ".join(f"training.{key}" for key in missing)
+            raise ValueError(f"needs {needed} above 0: it waits for the held-out loss to improve")
+        return patience
 
 
 class ReplaySection(Section):

@@ -142,11 +142,14 @@ class UpdateEvaluation:
     def before(self, trainer: Trainer, examples: Sequence[Encoded], known: Sequence[float] | None) -> Iterator[Piece]:
         """The loss of those of `examples` that stand for this update, by the weights that it starts from.
 
+        What stays held out is not learnt, so that nothing of it could be kept either: it stands for nothing.
         `known` is what was measured before an interruption: the weights are others by now.
         """
         if self._meter is None or not self.plan.sample:
             return
-        chosen = (examples[i] for i in spread(len(examples), self.plan.sample))
+        never = set(trainer.holdout.never_trained)
+        learnt = [e for place, e in enumerate(examples) if place not in never]
+        chosen = (learnt[i] for i in spread(len(learnt), self.plan.sample))
         self._own = [e for e in chosen if e.targets > 0]
         if known is not None:
             self.loss_before.extend(known)
@@ -191,7 +194,7 @@ class UpdateEvaluation:
             self.verdict = judge(rule, self.metrics)
 
     def _update_metrics(self, trainer: Trainer, head: TargetRows | None) -> Iterator[Piece]:
-        rows = [trainer.examples[i] for i in spread(len(trainer.examples), UPDATE_ROWS)]
+        rows = [trainer.learnt[i] for i in spread(len(trainer.learnt), UPDATE_ROWS)]
         yield from self._update_kl(trainer, head, rows)
         after: list[float] = []
         if self._own and self.loss_before:

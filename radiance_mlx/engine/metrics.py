@@ -24,20 +24,25 @@ def training_metrics(
     backend: str,
     seconds: float,
 ) -> dict[str, Any]:
-    """Losses in nats per answer token; `finetune_loss` is over the whole batch after the last step."""
-    steps = trainer.history.steps
+    """Losses in nats per answer token; `finetune_loss` is over all that was learnt, after the last step.
+
+    `eval_loss` is the same, or, of rows that were held out, their loss before they were learnt.
+    """
+    steps, held_out = trainer.history.steps, trainer.held_out_loss
     return {
         "checkpoint": batch.checkpoint,
         "parent": batch.parent,
         "reconsolidated": batch.reconsolidated,
         "finetune_loss": final_loss,
-        "eval_loss": final_loss,
+        "eval_loss": final_loss if held_out is None else held_out,
         **nothing_measured(),
         "first_loss": steps[0]["loss"] if steps else None,
         "last_step_loss": steps[-1]["loss"] if steps else None,
         "examples": len(batch.examples),
-        "trained_examples": len(trainer.examples),
-        "target_tokens": sum(e.targets for e in trainer.examples),
+        "trained_examples": len(trainer.learnt),
+        "held_out_examples": len(trainer.holdout.held),
+        "never_trained": trainer.holdout.never_trained,
+        "target_tokens": sum(e.targets for e in trainer.learnt),
         "steps": trainer.step,
         "trained_tokens": trainer.trained_tokens,
         "seconds": round(seconds, 3),

@@ -27,7 +27,6 @@ from ..lora import files, memory
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_head
-from ..lora.lasting import Asked, Lasting, Lesson
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
@@ -35,6 +34,7 @@ from ..lora.tree import make_tree
 from ..lora.whole import run_whole
 from ..messages import Progress, TrainBatch, TrainResult
 from .evaluating import UpdateEvaluation
+from .lasting import Asked, Lasting, Lesson
 from .metrics import training_metrics
 from .model import BaseModel
 from .slices import Slices
@@ -174,16 +174,23 @@ class TrainingTask:
             self._after_step,
             replay=lasting.replay if lasting else None,
             rehearsal=lasting.rehearsal if lasting else None,
+            origins=[*range(len(self._examples)), *(lasting.origins if lasting else [])],
         )
-        fitted = trainer.args
-        if fitted.grad_accumulation_steps < self._settings.grad_accum:
-            self._notes.append(
-                f"one optimizer step takes {fitted.batch_size} x {fitted.grad_accumulation_steps} rows: "
-                f"the batch has {len(trainer.examples)} examples"
-            )
+        self._note_sizes(trainer)
         if not self._resume(trainer):
             self._start(trainer)
         return trainer
+
+    def _note_sizes(self, trainer: Trainer) -> None:
+        """Where the batch is too small for what the settings say."""
+        fitted, held = trainer.args, len(trainer.holdout.held)
+        if fitted.grad_accumulation_steps < self._settings.grad_accum:
+            self._notes.append(
+                f"one optimizer step takes {fitted.batch_size} x {fitted.grad_accumulation_steps} rows: "
+                f"the batch has {len(trainer.examples)} examples" + (f", {held} of them held out" if held else "")
+            )
+        if trainer.holdout.note:
+            self._notes.append(trainer.holdout.note)
 
     def _start(self, trainer: Trainer) -> None:
         """From the parent's weights and optimizer, if the lineage goes on and the shapes are the same.
@@ -231,7 +238,13 @@ class TrainingTask:
             if progress["identity"] != self._identity():
                 return False
             weights = files.load_arrays(folder / files.ADAPTER_FILE)
-            trainer.resume(weights, files.load_arrays(folder / files.OPTIMIZER_FILE), progress)
+            best = folder / files.BEST_FILE
+            trainer.resume(
+                weights,
+                files.load_arrays(folder / files.OPTIMIZER_FILE),
+                progress,
+                files.load_arrays(best) if best.is_file() else None,
+            )
             self._known_before = list(progress.get("loss_before", []))
         except (OSError, ValueError, KeyError, CheckpointDamaged, TrainingFailed, ModelError):
             return False
@@ -252,6 +265,8 @@ class TrainingTask:
         written = unfinished(parent, self.batch.checkpoint)
         files.save_arrays(written / files.ADAPTER_FILE, weights)
         files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        if best := self._trainer.best_arrays():
+            files.save_arrays(written / files.BEST_FILE, best)
         before = self._evaluation.loss_before if self._evaluation else []
         document = {**progress, "identity": self._identity(), "loss_before": before}
         (written / files.PROGRESS_FILE).write_text(json.dumps(document), encoding="utf-8")
@@ -316,14 +331,14 @@ class TrainingTask:
         self._check()
         self._report(self._progress())
         due = time.monotonic() - self._kept_at >= self._settings.save_every_s
-        if due and self._config.training.slice_ms > 0 and trainer.step < self._settings.max_steps:
+        if due and self._config.training.slice_ms > 0 and trainer.step < trainer.total_steps:
             self.keep_state()
 
     def _progress(self) -> Progress:
         steps = self._trainer.history.steps
         return Progress(
             step=self._trainer.step,
-            max_steps=self._settings.max_steps,
+            max_steps=self._trainer.total_steps,
             loss=steps[-1]["loss"] if steps else None,
             tokens_per_s=round(self._trainer.tokens_per_s, 1),
             eta_s=self._trainer.eta_s,

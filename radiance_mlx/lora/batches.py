@@ -9,16 +9,37 @@ Rows that come from several places (see `replay` and `rehearsal`) are taken in `
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tuner.trainer import iterate_batches
+from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches
 
+from ..config.schema import TrainingSection
 from .encoding import Encoded
 
 #: tokens (rows, length + 1) int32, and (rows, 2) int32: first and last target index of each row
 Batch = tuple[mx.array, mx.array]
+
+
+def fit_to_data(settings: TrainingSection, examples: int) -> TrainingArgs:
+    """mlx-lm's `TrainingArgs`, cut down for a batch with fewer examples than one optimizer step takes.
+
+    Repeating rows within one step would cost time and change nothing: the mean gradient is the same.
+    """
+    batch_size = min(settings.batch_size, examples)
+    accumulate = min(settings.grad_accum, math.ceil(examples / batch_size))
+    return TrainingArgs(
+        batch_size=batch_size,
+        iters=settings.max_steps * accumulate,
+        grad_accumulation_steps=accumulate,
+        max_seq_length=settings.max_seq_length,
+        grad_checkpoint=settings.grad_checkpoint,
+        val_batches=0,
+        steps_per_report=accumulate,
+        steps_per_save=settings.max_steps * accumulate + 1,
+    )
 
 
 def batch_stream(

@@ -18,6 +18,7 @@ ADAPTER_FILE = "adapters.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 PROGRESS_FILE = "progress.json"
+BEST_FILE = "best.safetensors"
 
 
 def adapter_config(targets: Targets, *, rank: int, scale: float, dropout: float) -> dict[str, Any]:

@@ -74,11 +74,12 @@ def estimate(
     targeted = sum(e.targets for e in rows) if head_on_targets else tokens
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]
     adapter = sum(4 * rank * (width_in + width_out) for width_in, width_out in shapes)
+    best = settings.patience > 0  # weights and optimizer of the best evaluation are kept
     return Estimate(
         base=model_bytes(model),
         bank=bank_bytes,
-        adapter=3 * adapter,  # weights, gradients, and the sum of accumulated ones
-        optimizer=2 * adapter,
+        adapter=(3 + best) * adapter,  # weights, gradients, and the sum of accumulated ones
+        optimizer=(2 + 2 * best) * adapter,
         activations=activations,
         head=3 * 4 * targeted * vocab_size,
     )

@@ -9,6 +9,7 @@ Reservoir sampling: Vitter, Random sampling with a reservoir, 1985 (algorithm R)
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -21,7 +22,7 @@ from .encoding import Encoded
 Item = TypeVar("Item")
 
 #: told apart from the other orders that are drawn from the same (seed, batch number)
-_NEW, _EARLIER, _WITHIN = 1, 2, 3
+NEW, EARLIER, _WITHIN = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class Replay:
         if not self.active:
             return new
         return new + min(len(self.examples), max(1, round(new * self.fraction / (1.0 - self.fraction))))
+
+    def without(self, rows: Iterable[Encoded]) -> "Replay":
+        """The same share of what is not among `rows`."""
+        left_out = {e.tokens for e in rows}
+        return Replay([e for e in self.examples if e.tokens not in left_out], self.fraction)
+
+
+@dataclass(frozen=True)
+class Place:
+    """`rows` (at least one) of a kind, their `share` of each optimizer step, and the `mark` that tells their order
+    from others'. With `once`, no row comes twice in a step.
+    """
+
+    rows: Sequence[Encoded]
+    share: float
+    mark: int
+    once: bool = False
 
 
 def reservoir(log: Iterable[Item], size: int, seed: Sequence[int]) -> list[Item]:
@@ -96,13 +114,25 @@ def replay_stream(
     if replay is None or not replay.active:
         yield from batch_stream(new, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
         return
+    places = [Place(new, 1.0 - replay.fraction, NEW), Place(replay.examples, replay.fraction, EARLIER, once=True)]
+    yield from mixed_stream(places, batch_size=batch_size, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
+
+
+def mixed_stream(
+    places: Sequence[Place], *, batch_size: int, accumulate: int, max_tokens: int, seed: tuple[int, ...]
+) -> Iterator[Batch]:
+    """As `replay_stream`, of rows from several `places` in `turns`; the first fills up what the others cannot."""
     rows = batch_size * accumulate
-    order = turns((1.0 - replay.fraction, replay.fraction))
-    fresh = shuffled(len(new), (*seed, _NEW))
-    earlier = shuffled(len(replay.examples), (*seed, _EARLIER))
+    order = turns([place.share for place in places])
+    own = [shuffled(len(place.rows), (*seed, place.mark)) for place in places]
     for step in itertools.count():
-        again = min(sum(itertools.islice(order, rows)), len(replay.examples))
-        chosen = [new[i] for i in itertools.islice(fresh, rows - again)]
-        chosen += [replay.examples[i] for i in itertools.islice(earlier, again)]
+        taken = Counter(itertools.islice(order, rows))
+        counts = [min(taken[i], len(place.rows)) if place.once else taken[i] for i, place in enumerate(places)]
+        counts[0] += rows - sum(counts)
+        chosen = [
+            place.rows[i]
+            for place, mine, count in zip(places, own, counts, strict=True)
+            for i in itertools.islice(mine, count)
+        ]
         within = int(np.random.default_rng([*seed, _WITHIN, step]).integers(2**31))
         yield from shuffled_batches(chosen, batch_size=batch_size, max_tokens=max_tokens, seed=within)

@@ -19,9 +19,10 @@ from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..config.schema import TrainingSection
 from ..errors import NonFinite, TrainingFailed
-from .batches import Batch, batches_once
+from .batches import Batch, batches_once, fit_to_data
 from .encoding import Encoded
 from .head import TargetRows
+from .holdout import Best, Holdout
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
 from .rehearsal import Rehearsal, RehearsalBatch, RehearsalLoss
 from .replay import Replay, replay_stream
@@ -46,6 +47,9 @@ class Trainer:
     With `replay`, earlier examples share the rows of each step; with `rehearsal`, each step has further
     micro-batches that hold the model to the base. With neither, or with nothing in them, the run is the same to
     the last bit as without.
+
+    `origins[i]` tells which original `examples[i]` is or rewords (by default each is its own): what
+    `settings.eval_fraction` holds out is whole originals (see `holdout`).
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Trainer:
         *,
         replay: Replay | None = None,
         rehearsal: Rehearsal | None = None,
+        origins: Sequence[int] | None = None,
     ) -> None:
         self.tree = tree
         self.settings = settings
@@ -68,9 +73,13 @@ class Trainer:
             raise TrainingFailed(
                 "No example has a token to learn.", "Check that outputs are not empty for this tokenizer."
             )
+        named = zip(examples, range(len(examples)) if origins is None else origins, strict=True)
+        self.holdout = Holdout(self.examples, [origin for e, origin in named if e.targets > 0], settings, number)
         self.replay = replay
+        self._replay_first = replay.without(self.holdout.held) if replay and self.holdout.held else replay
         self.rehearsal = rehearsal if rehearsal is not None and rehearsal.active else None
-        self.args = fit_to_data(settings, replay.rows_with(len(self.examples)) if replay else len(self.examples))
+        self._args_first = _args(settings, len(self.holdout.trained), self._replay_first)
+        self._args_second = _args(settings, len(self.examples), replay)
         self.optimizer = make_optimizer(settings)
         self.optimizer.init(tree.module.trainable_parameters())
         self.step = 0
@@ -84,6 +93,33 @@ class Trainer:
         self._seconds = 0.0
 
     @property
+    def args(self) -> TrainingArgs:
+        """The sizes of the present phase's steps."""
+        return self._args_first if self.holdout.second_from is None else self._args_second
+
+    @property
+    def learnt(self) -> list[Encoded]:
+        """The examples that the whole run trains on."""
+        return self.holdout.trained if self.settings.eval_holdout else self.examples
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, as far as is known by now."""
+        return self.holdout.total_steps
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """What the weights at the end of the first phase say of the held-out rows; None without such rows."""
+        losses = self._held_out_losses
+        if not losses:
+            return None
+        return min(losses) if self.holdout.out_of_patience(losses) else losses[-1]
+
+    @property
+    def _held_out_losses(self) -> list[float]:
+        return [row["loss"] for row in self.history.evals] if self.holdout.held else []
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens through the model a second of wall time, over the run so far."""
         return self.trained_tokens / self._seconds if self._seconds else 0.0
@@ -91,18 +127,29 @@ class Trainer:
     @property
     def eta_s(self) -> float | None:
         """Estimated seconds for the steps that are left, at the pace so far."""
-        return self._seconds / self.step * (self.settings.max_steps - self.step) if self.step else None
+        return self._seconds / self.step * (self.total_steps - self.step) if self.step else None
 
     # --- state -----------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
-        """(weights, optimizer state, plain progress): all that `resume` needs."""
-        progress = {"step": self.step, "trained_tokens": self.trained_tokens, "seconds": self._seconds}
+        """(weights, optimizer state, plain progress): all that `resume` needs, beside `best_arrays`."""
+        progress = {
+            "step": self.step,
+            "trained_tokens": self.trained_tokens,
+            "seconds": self._seconds,
+            "second_from": self.holdout.second_from,
+            "finished_early": self.finished_early,
+            "has_best": self.holdout.best is not None,
+        }
         return (
             self.tree.parameters(),
             state_arrays(self.optimizer),
             {**progress, "history": self.history.as_dict()},
         )
+
+    def best_arrays(self) -> dict[str, mx.array]:
+        """Flat arrays of the best evaluation, as far as the run may go back to it."""
+        return self.holdout.best.arrays() if self.holdout.best is not None else {}
 
     def start_from(self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array] | None) -> bool:
         """Go on from a parent's weights and optimizer; whether the optimizer's state could be used."""
@@ -110,11 +157,20 @@ class Trainer:
         return optimizer is not None and restore(self.optimizer, self.tree.module.trainable_parameters(), optimizer)
 
     def resume(
-        self, weights: Mapping[str, mx.array], optimizer: Mapping[str, mx.array], progress: Mapping[str, Any]
+        self,
+        weights: Mapping[str, mx.array],
+        optimizer: Mapping[str, mx.array],
+        progress: Mapping[str, Any],
+        best: Mapping[str, mx.array] | None = None,
     ) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` and `best_arrays` gave."""
         if not self.start_from(weights, optimizer):
             raise TrainingFailed("The saved state belongs to another optimizer.")
+        if progress["has_best"] and not best:
+            raise TrainingFailed("The saved state lacks the weights of the best evaluation.")
+        self.holdout.best = Best.from_arrays(best) if best else None
+        self.holdout.second_from = progress["second_from"]
+        self.finished_early = str(progress["finished_early"])
         self.step = int(progress["step"])
         self.trained_tokens = int(progress["trained_tokens"])
         self._seconds = float(progress["seconds"])
@@ -123,33 +179,74 @@ class Trainer:
     # --- the run ---------------------------------------------------------------------------------
 
     def run(self) -> Iterator[Piece]:
-        """Train to `max_steps` (or `stop_loss`). Raises `NonFinite`; the tree is then not to be used."""
-        per_step = self.args.grad_accumulation_steps
-        stream = self.micro_batches()
-        for _ in range(self.step * per_step):
-            next(stream)
+        """Train to `max_steps` (or `stop_loss`, or `patience`). Raises `NonFinite`; the tree is then not to be used."""
         rehearsed = self._rehearsed_from(self.step)
-        while self.step < self.settings.max_steps:
-            started = time.perf_counter()
-            yield from self._optimizer_step([next(stream) for _ in range(per_step)], next(rehearsed))
-            self._seconds += time.perf_counter() - started
-            every = self.settings.eval_every
-            if every and self.step % every == 0 and self.step < self.settings.max_steps:
-                yield from self._evaluate_sample()
-            self._on_step(self)
-            stop = self.settings.stop_loss
-            if stop is not None and self.history.steps[-1]["loss"] < stop:
-                self.finished_early = f"stopped at step {self.step}: the loss is below stop_loss {stop}"
-                return
+        if self.holdout.second_from is None:
+            yield from self._first_phase(rehearsed)
+        if self.holdout.second_from is not None:
+            yield from self._second_phase(self.holdout.second_from, rehearsed)
 
-    def micro_batches(self) -> Iterator[Batch]:
-        """The run's micro-batches from its first step on, without end."""
-        return replay_stream(
-            self.examples,
+    def _first_phase(self, rehearsed: Iterator[list[RehearsalBatch]]) -> Iterator[Piece]:
+        """Everything, or all but the held-out rows. What follows the last piece is done at once, or once more."""
+        steps = self._steps(self.micro_batches(), self.step)
+        yield from self._evaluate_if_due()  # an interruption may have come between a step and its evaluation
+        while self.step < self.holdout.first_steps and not self._why_stop():
+            yield from self._timed_step(next(steps), next(rehearsed))
+            yield from self._evaluate_if_due()
+            self._on_step(self)
+        if self.holdout.held and not self._evaluated:
+            yield from self._evaluate_held_out()
+        self.finished_early = self._why_stop()
+        if self.holdout.best is not None and self.holdout.out_of_patience(self._held_out_losses):
+            self.start_from(self.holdout.best.weights, self.holdout.best.optimizer)
+        if self.holdout.has_second:
+            self.holdout.second_from, self.holdout.best = self.step, None
+            if self.finished_early:
+                self.finished_early += f"; further steps, with the held-out rows: {self.holdout.second_steps}"
+
+    def _second_phase(self, start: int, rehearsed: Iterator[list[RehearsalBatch]]) -> Iterator[Piece]:
+        stream = self.holdout.second_stream(
             self.replay,
             batch_size=self.args.batch_size,
             accumulate=self.args.grad_accumulation_steps,
             max_tokens=self.args.max_seq_length,
+        )
+        steps = self._steps(stream, self.step - start)
+        while self.step < self.total_steps:
+            yield from self._timed_step(next(steps), next(rehearsed))
+            self._on_step(self)
+
+    def _steps(self, stream: Iterator[Batch], start: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step of the present phase, from its step `start` on."""
+        per_step = self.args.grad_accumulation_steps
+        for step in itertools.count():
+            batches = [next(stream) for _ in range(per_step)]
+            if step >= start:
+                yield batches
+
+    def _timed_step(self, batches: list[Batch], rehearsed: list[RehearsalBatch]) -> Iterator[Piece]:
+        started = time.perf_counter()
+        yield from self._optimizer_step(batches, rehearsed)
+        self._seconds += time.perf_counter() - started
+
+    def _why_stop(self) -> str:
+        """Why the first phase ends before its steps are done; "" if it does not."""
+        settings, steps = self.settings, self.history.steps
+        if self.holdout.out_of_patience(self._held_out_losses):
+            evaluations = f"{settings.patience} evaluation{'s' if settings.patience > 1 else ''}"
+            return f"stopped at step {self.step}: the held-out loss has not improved for {evaluations}"
+        if settings.stop_loss is not None and steps and steps[-1]["loss"] < settings.stop_loss:
+            return f"stopped at step {self.step}: the loss is below stop_loss {settings.stop_loss}"
+        return ""
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """The first phase's micro-batches from its first step on, without end."""
+        return replay_stream(
+            self.holdout.trained,
+            self._replay_first,
+            batch_size=self._args_first.batch_size,
+            accumulate=self._args_first.grad_accumulation_steps,
+            max_tokens=self._args_first.max_seq_length,
             seed=(self.settings.seed, self.number),
         )
 
@@ -225,7 +322,7 @@ class Trainer:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = "loss" if not math.isfinite(loss) else "gradient"
-        step = min(self.step + 1, self.settings.max_steps)
+        step = min(self.step + 1, self.total_steps)
         raise NonFinite(
             f"The {what} became non-finite at step {step} (loss {loss}, gradient norm {norm}).",
             "Lower training.lr, or keep training.clip_norm at 1.0; nothing was published.",
@@ -254,9 +351,22 @@ class Trainer:
         out.append(total / count)
 
     def evaluate_all(self, out: list[float]) -> Iterator[Piece]:
-        """`evaluate` over the whole batch. Raises `NonFinite`: the last update may have ruined the weights."""
-        yield from self.evaluate(self.examples, out)
+        """`evaluate` over all that is learnt. Raises `NonFinite`: the last update may have ruined the weights."""
+        yield from self.evaluate(self.learnt, out)
         self._check_finite(out[-1], 0.0)
+
+    @property
+    def _evaluated(self) -> bool:
+        return bool(self.history.evals) and self.history.evals[-1]["step"] == self.step
+
+    def _evaluate_if_due(self) -> Iterator[Piece]:
+        every = self.settings.eval_every
+        if not every or not self.step or self.step % every or self._evaluated:
+            return
+        if self.holdout.held:
+            yield from self._evaluate_held_out()
+        elif self.step < self.settings.max_steps:
+            yield from self._evaluate_sample()
 
     def _evaluate_sample(self) -> Iterator[Piece]:
         """At most as many rows as one optimizer step trains: evaluation never costs over a third of it."""
@@ -265,6 +375,14 @@ class Trainer:
         yield from self.evaluate(self.examples[:rows], value)
         self.history.evals.append({"step": self.step, "loss": value[0]})
 
+    def _evaluate_held_out(self) -> Iterator[Piece]:
+        """All held-out rows. Raises `NonFinite`: no loss is lower than one that is no number."""
+        value: list[float] = []
+        yield from self.evaluate(self.holdout.held, value)
+        self._check_finite(value[0], 0.0)
+        self.history.evals.append({"step": self.step, "loss": value[0]})
+        self.holdout.keep_best(self._held_out_losses, self.tree.parameters(), state_arrays(self.optimizer))
+
 
 def _tokens(batch: tuple[Any, ...]) -> int:
     """Tokens of a micro-batch that go through the model, padding included."""
@@ -272,20 +390,5 @@ def _tokens(batch: tuple[Any, ...]) -> int:
     return int(rows * (width - 1))
 
 
-def fit_to_data(settings: TrainingSection, examples: int) -> TrainingArgs:
-    """mlx-lm's `TrainingArgs`, cut down for a batch with fewer examples than one optimizer step takes.
-
-    Repeating rows within one step would cost time and change nothing: the mean gradient is the same.
-    """
-    batch_size = min(settings.batch_size, examples)
-    accumulate = min(settings.grad_accum, math.ceil(examples / batch_size))
-    return TrainingArgs(
-        batch_size=batch_size,
-        iters=settings.max_steps * accumulate,
-        grad_accumulation_steps=accumulate,
-        max_seq_length=settings.max_seq_length,
-        grad_checkpoint=settings.grad_checkpoint,
-        val_batches=0,
-        steps_per_report=accumulate,
-        steps_per_save=settings.max_steps * accumulate + 1,
-    )
+def _args(settings: TrainingSection, new: int, replay: Replay | None) -> TrainingArgs:
+    return fit_to_data(settings, replay.rows_with(new) if replay else new)

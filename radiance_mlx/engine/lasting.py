@@ -16,20 +16,20 @@ import mlx.nn as nn
 
 from ..checkpoints.folder import replace_folder, unfinished
 from ..config.schema import RehearsalSection, ReplaySection
-from ..engine.rewording import Wordings
-from ..engine.speaking import answer, say_anything
 from ..errors import CheckpointDamaged
+from ..lora.encoding import ChatEncoder, Encoded, Messages
+from ..lora.head import install_head
+from ..lora.log import still_true
+from ..lora.neighbours import mentions, names_in, neighbours
+from ..lora.rehearsal import Rehearsal, Rehearsed, Source, load_rows, save_rows, teacher
+from ..lora.replay import Replay, reservoir
+from ..lora.step import Piece
+from ..lora.targets import Targets
+from ..lora.tree import adapter_tree, idle_adapter
 from ..messages import Example
 from ..store.files import write_durably
-from .encoding import ChatEncoder, Encoded, Messages
-from .head import install_head
-from .log import still_true
-from .neighbours import mentions, names_in, neighbours
-from .rehearsal import Rehearsal, Rehearsed, Source, load_rows, save_rows, teacher
-from .replay import Replay, reservoir
-from .step import Piece
-from .targets import Targets
-from .tree import adapter_tree, idle_adapter
+from .rewording import Wordings
+from .speaking import answer, say_anything
 
 #: earlier updates whose neighbours go on to be rehearsed
 CARRIED = 50
@@ -119,11 +119,15 @@ class Asked:
 
 
 class Lasting:
-    """Prepares one lesson by the switches. `examples`, `replay` and `rehearsal` are there after `prepare`."""
+    """Prepares one lesson by the switches. `examples`, `replay` and `rehearsal` are there after `prepare`.
+
+    `examples[i]` says the lesson's example at `origins[i]` in other words.
+    """
 
     def __init__(self, base: Asked, replay: ReplaySection, rehearsal: RehearsalSection) -> None:
         self._base, self._replay, self._settings = base, replay, rehearsal
         self.examples: list[Encoded] = []
+        self.origins: list[int] = []
         self.replay: Replay | None = None
         self.rehearsal: Rehearsal | None = None
         self._own: list[Rehearsed] = []
@@ -163,13 +167,14 @@ class Lasting:
         said = [base.text(row.row) for row in self._own]
         wordings = Wordings(_questions(said, base.encoder), base.count)
         base.recall(wordings)
-        asked = [e for e in lesson.examples if _is_pair(e)]
-        yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for e in asked])
+        asked = [(origin, e) for origin, e in enumerate(lesson.examples) if _is_pair(e)]
+        yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for _, e in asked])
         base.remember(wordings)
-        for example in asked:
+        for origin, example in asked:
             for other in wordings.others(example.messages[0][1]):
                 reworded = Example(messages=(("user", other), example.messages[1]))
                 self.examples.append(base.encoder.example(reworded, max_tokens=lesson.max_tokens))
+                self.origins.append(origin)
         yield Piece([], barrier=True)
 
     # --- rehearsal -----------------------------------------------------------------------------------
