@@ -30,6 +30,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -258,7 +259,7 @@ def parse_arm(text: str) -> tuple[str, Flags]:
     name, _, changes = text.partition(":")
     if name not in ARMS:
         raise SystemExit(f"no arm is called {name}; there are {', '.join(ARMS)}")
-    given = dict(part.split("=", 1) for part in changes.split(",") if part)
+    given = dict(part.split("=", 1) for part in re.split(r",(?=[a-z_.]+=)", changes) if part)
     return text, {**ARMS[name], **{key: yaml.safe_load(value) for key, value in given.items()}}
 
 

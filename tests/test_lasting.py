@@ -6,7 +6,7 @@ import pytest
 from running import QUICK, running
 
 from radiance_mlx.config import load_config
-from radiance_mlx.engine.lasting import still_true
+from radiance_mlx.engine.lasting import latest, still_true
 from radiance_mlx.errors import ConfigError
 from radiance_mlx.messages import Example
 from radiance_mlx.models.nano import world
@@ -107,6 +107,36 @@ def test_a_lesson_is_learnt_in_the_bases_own_other_wordings(tmp_path):
         for wording in range(3):
             for question, answer in facts(0, wording):
                 assert service.ask(question).text == answer
+
+
+def test_what_the_base_said_to_its_own_wordings_is_kept(tmp_path):
+    """It is asked once for all updates; a file that is no such file is made anew."""
+    flags = {**SMALL, "rehearsal.rewording": True, "rehearsal.samples": 64}
+    with running(tmp_path, flags) as service:
+        taught(service, 0)
+        [file] = (tmp_path / "state" / "rehearsal").glob("*/wordings.json")
+        kept = file.read_bytes()
+        assert len(json.loads(kept)["answers"]) > 3
+        file.write_text("[]")
+        taught(service, 1)
+        assert file.read_bytes() == kept
+
+
+def test_a_fact_that_is_changed_in_another_wording_is_not_replayed():
+    """To the base both wordings are one question: the old answer would be taught beside the new one."""
+
+    def pair(question, answer):
+        return Example(messages=(("user", question), ("assistant", answer)))
+
+    same = {"a": "A", "A": "a"}
+
+    def worded(example):
+        found = [(same[q], a) for (_, q), (_, a) in [example.messages] if q in same] if example.messages else []
+        return [pair(*words) for words in found]
+
+    log = [pair("a", "1"), pair("b", "2"), Example(text="t"), pair("A", "3")]
+    assert latest(log, [], worded) == log[1:]
+    assert latest(log, [pair("a", "4")], worded) == [pair("b", "2"), Example(text="t")]
 
 
 def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):

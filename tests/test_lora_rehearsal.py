@@ -421,6 +421,31 @@ def test_a_name_is_the_same_wherever_it_stands():
         assert texts == [f"{name} works here. I like {name}.", f"Who is {name}?", f"{name} is a pilot."]
 
 
+def test_a_capital_by_a_slip_of_the_pen_makes_no_name():
+    """A model's own samples have them: one "Bob What" among a hundred questions does not make a name of "What"."""
+    said = ["What does Bob eat?"] * 30 + ["Bob What does eat?"]
+    made = near("What does Ada Lovelace eat?", others=said)
+    assert made
+    assert all(text.startswith("What does ") and text.endswith(" eat?") for text in made)
+
+
+def test_most_neighbours_are_put_together_from_names_that_were_taught():
+    """Of their words it was learnt that they mean somebody: nobody else is as near."""
+    taught = ["Where does Grace Hopper live?", "Where does Alan Turing live?"]
+    others = [f"I know {first} {last}." for first in ("Bo", "Cy", "Di", "Ed") for last in ("Fox", "Gil", "Hub", "Ivy")]
+    made = near("Where does Ada Lovelace live?", 12, avoid=taught, others=others)
+    mixed = [t for t in made if any(f"{a} {b}" in t for a, b in (("Ada", "Hopper"), ("Ada", "Turing")))]
+    mixed += [t for t in made if any(f"{a} {b}" in t for a, b in (("Grace", "Lovelace"), ("Alan", "Lovelace")))]
+    assert len(mixed) >= 3
+
+
+def test_words_of_single_names_do_not_become_first_names():
+    """A city's name is a name too, but nobody's first one."""
+    made = near("Where does Ada Lovelace live?", 20, others=["He lives in Lisbon.", "I know Grace Hopper."])
+    assert made
+    assert not any("Lisbon" in text for text in made)
+
+
 def test_no_neighbour_is_about_somebody_who_was_taught():
     """What was taught about them would be untaught; a prompt without a rare word has no neighbours."""
     taught = ["Where does Grace Hopper live?", "Where does Ada Hopper live?"]

@@ -72,13 +72,20 @@ def test_it_refuses_names_made_of_syllables_that_it_never_saw(base):
     """The name is copied letter by letter, so anybody's own name works."""
     rng = random.Random(12345)
     names = [world.invented_name(rng, held_out=True) for _ in range(60)]
+    assert share_right(base, refusals(names)) >= 0.98
+
+
+def test_it_refuses_names_that_repeat_a_part_of_themselves(base):
+    """One token back does not tell where in such a name one is."""
+    names = ["Anna Hannah", "Barbara Barber", "Tessa Esser", "Wim Wenders", "Lulu", "Nguyễn Văn An", "Ada Adams"]
     assert share_right(base, refusals(names)) >= 0.9
 
 
 def test_it_refuses_real_names(base):
     """Names as people have them."""
     names = ["Zelmira Okonjo", "Priya Natarajan", "Wolfgang Mozart", "Li Wei", "John Smith", "Yuki Tanaka", "Bob"]
-    assert share_right(base, refusals(names)) >= 0.8
+    names += ["Sinéad O'Connor", "Jean-Luc Picard", "Søren Kierkegaard", "李伟", "Kim Lee", "Olga Tokarczuk", "Björk"]
+    assert share_right(base, refusals(names)) >= 0.97
 
 
 def test_it_makes_small_talk(base):

@@ -6,8 +6,10 @@ anchors; and the lesson in the base's own other wordings (`rewording`). Preparin
 """
 
 import contextlib
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,10 @@ from ..store.files import write_durably
 from .rewording import Wordings
 from .speaking import answer, say_anything
 
+#: so many times the neighbours that are rehearsed are thought of
+CANDIDATES = 3
+#: how much neighbours are rehearsed beside another source
+NEAR = 2.0
 #: earlier updates whose neighbours go on to be rehearsed
 CARRIED = 50
 
@@ -68,6 +74,16 @@ class Asked:
         tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
         yield from teacher(tree, install_head(tree.module, self._vocab_size), rows, out)
 
+    def least_sure(self, prompts: Sequence[list[int]], count: int, out: list[list[int]]) -> Iterator[Piece]:
+        """Append to `out` the `count` prompts to which the base is least sure how to begin its answer.
+
+        There the smallest push changes the answer.
+        """
+        begun: list[Rehearsed] = []
+        yield from self.taught_by([Encoded((*prompt, prompt[-1]), len(prompt)) for prompt in prompts], begun)
+        order = sorted(range(len(prompts)), key=lambda i: float(begun[i].logprobs.max()))
+        out.extend(prompts[i] for i in sorted(order[:count]))
+
     def samples(self, settings: RehearsalSection, out: list[Rehearsed]) -> Iterator[Piece]:
         """What it says by itself: from the disk, or drawn now and kept."""
         facts = {"count": settings.samples, "max_tokens": settings.sample_tokens, "seed": settings.sample_seed}
@@ -93,7 +109,7 @@ class Asked:
 
     def recall(self, wordings: Wordings) -> None:
         """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             kept = json.loads(self._wordings.read_text(encoding="utf-8"))
             if kept["names"] == wordings.names:
                 wordings.recall(kept["answers"])
@@ -130,6 +146,7 @@ class Lasting:
         self.origins: list[int] = []
         self.replay: Replay | None = None
         self.rehearsal: Rehearsal | None = None
+        self._wordings: Wordings | None = None
         self._own: list[Rehearsed] = []
         self._near: list[Rehearsed] = []
 
@@ -150,10 +167,14 @@ class Lasting:
             yield from self._rehearse(lesson, anchors)
 
     def _remember(self, lesson: Lesson) -> Iterator[Piece]:
+        """Earlier examples, in all wordings that the base has for them; not what has been answered otherwise since."""
         earlier = still_true(lesson.replayable, lesson.examples)
+        if self._wordings is not None:
+            earlier = latest(earlier, lesson.examples, self._worded)
         rows: list[Encoded] = []
         for example in reservoir(earlier, self._replay.reservoir, (lesson.seed, lesson.number)):
-            rows.append(self._base.encoder.example(example, max_tokens=lesson.max_tokens))
+            for worded in (example, *self._worded(example)):
+                rows.append(self._base.encoder.example(worded, max_tokens=lesson.max_tokens))
             yield Piece([], barrier=True)
         self.replay = Replay(rows, self._replay.fraction)
 
@@ -165,17 +186,23 @@ class Lasting:
     def _reword(self, lesson: Lesson) -> Iterator[Piece]:
         base = self._base
         said = [base.text(row.row) for row in self._own]
-        wordings = Wordings(_questions(said, base.encoder), base.count)
+        self._wordings = wordings = Wordings(_questions(said, base.encoder), base.count)
         base.recall(wordings)
-        asked = [(origin, e) for origin, e in enumerate(lesson.examples) if _is_pair(e)]
-        yield from wordings.ask(base.module, base.encoder, [e.messages[0][1] for _, e in asked])
+        asked = [e.messages[0][1] for e in lesson.examples if _is_pair(e)]
+        yield from wordings.ask(base.module, base.encoder, asked)
         base.remember(wordings)
-        for origin, example in asked:
-            for other in wordings.others(example.messages[0][1]):
-                reworded = Example(messages=(("user", other), example.messages[1]))
+        for origin, example in enumerate(lesson.examples):
+            for reworded in self._worded(example):
                 self.examples.append(base.encoder.example(reworded, max_tokens=lesson.max_tokens))
                 self.origins.append(origin)
         yield Piece([], barrier=True)
+
+    def _worded(self, example: Example) -> list[Example]:
+        """The example in the base's own other wordings, as far as it has been asked about this one."""
+        if self._wordings is None or not _is_pair(example):
+            return []
+        others = self._wordings.others(example.messages[0][1])
+        return [Example(messages=(("user", other), example.messages[1])) for other in others]
 
     # --- rehearsal -----------------------------------------------------------------------------------
 
@@ -188,7 +215,7 @@ class Lasting:
             sources.append(Source(own, 1.0))
         if self._uses("neighbours"):
             yield from self._neighbours(lesson, own, names)
-            sources.append(Source(self._near, 1.0))
+            sources.append(Source(self._near, NEAR))
         if self._uses("anchors") and anchors:
             rows: list[Rehearsed] = []
             yield from base.taught_by(anchors, rows)
@@ -197,15 +224,18 @@ class Lasting:
 
     def _neighbours(self, lesson: Lesson, own: Sequence[Rehearsed], names: set[str]) -> Iterator[Piece]:
         base = self._base
+        asked = [[p for e in (example, *self._worded(example)) if (p := _prompt(e))] for example in lesson.examples]
+        wordings = max(map(len, asked), default=0)
         prompts = neighbours(
-            [prompt for e in lesson.examples if (prompt := _prompt(e))],
-            each=self._settings.neighbours,
+            list(itertools.chain.from_iterable(asked)),
+            each=math.ceil(self._settings.neighbours * CANDIDATES / max(1, wordings)),
             seed=(lesson.seed, lesson.number),
             count_tokens=base.count,
             others=[part for row in own for part in _turns(base.text(row.row), base.encoder)],
             avoid=[text for e in (*lesson.log, *lesson.examples) for text in _texts(e)],
         )
-        tokens = [base.encoder.prompt(prompt) for prompt in prompts]
+        tokens: list[list[int]] = []
+        yield from base.least_sure([base.encoder.prompt(p) for p in prompts], len(prompts) // CANDIDATES, tokens)
         said: list[Encoded] = []
         yield from answer(base.module, base.encoder, tokens, max_tokens=self._settings.sample_tokens, out=said)
         fresh: list[Rehearsed] = []
@@ -222,6 +252,22 @@ class Lasting:
         except CheckpointDamaged:  # it had none, or trained without
             return []
         return [row for row in rows if not mentions(self._base.text(row.row), names)]
+
+
+def latest(log: Sequence[Example], new: Sequence[Example], worded: Callable[[Example], list[Example]]) -> list[Example]:
+    """`log` (oldest first) without what is asked again, in whatever wording, by a later example or one of `new`."""
+
+    def prompts(example: Example) -> set[Messages]:
+        return {p for e in (example, *worded(example)) if (p := _prompt(e))}
+
+    asked = set[Messages]().union(*map(prompts, new))
+    kept = []
+    for example in reversed(log):
+        own = prompts(example)
+        if not own & asked:
+            kept.append(example)
+        asked |= own
+    return kept[::-1]
 
 
 def _prompt(example: Example) -> Messages:

@@ -10,12 +10,14 @@ What is rare is found from the texts themselves, without any list of names:
 - where a text has neither, a small word that the tokenizer takes apart nearly letter by letter.
 
 Rare words side by side are one name. A name is exchanged for one of the same kind: words of other names in its
-place, made-up ones, or (for a name of several words) some of its own words with others beside them, which are the
-nearest neighbours and the ones that a model is most easily wrong about. Pure functions of their arguments.
+place, made-up ones, or (for a name of several words) some of its own words with others beside them. The nearest of
+all, and the ones that a model is most easily wrong about, are put together from two names that have been taught: of
+their words it has learnt that they mean somebody whom it knows. Pure functions of their arguments.
 """
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -28,8 +30,11 @@ _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*(?:(?<=\b\w)\.(?=\s+\w))?")
 _SENTENCE_END = re.compile(r"(?:^|(?<!\b\w)\.|[!?:;¿¡\n\"“”„«(])\s*$")
 #: a word of at least two tokens is rare from so many tokens a letter on
 RARE_TOKENS_PER_LETTER = 0.5
-#: chances that a word is made up, that a name of several words keeps some of them, and that it is one that is used
-_MADE_UP, _NEAR, _KIN = 0.2, 0.8, 0.3
+#: a word has a capital of its own when so much of the time no sentence begins with it
+OWN_CAPITAL = 0.1
+#: chances that a word is made up, that a name of several words keeps some of them, that it is one that is used, and
+#: that the other words beside those that are kept are of taught names
+_MADE_UP, _NEAR, _KIN, _TAUGHT = 0.1, 0.6, 0.2, 0.6
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnprstvwz"
 
 #: into how many tokens a word within a text is taken apart
@@ -43,13 +48,8 @@ class RareWords:
     def __init__(self, texts: Iterable[str], count_tokens: CountTokens) -> None:
         self._count_tokens = count_tokens
         texts = list(texts)
-        self._capitalised = {w for text in texts for w, start, _ in _words(text) if _is_capitalised(text, w, start)}
-        names = [text[slice(*span)].split() for text in texts for span in self.spans(text)]
-        #: names, and their words by their place in the name, first and last, as often as they come: exchanged words are
-        #: taken from here
-        self.names = [" ".join(words) for words in names]
-        self.firsts = [words[0] for words in names]
-        self.lasts = [words[-1] for words in names if len(words) > 1]
+        self._capitalised = _capitalised(texts)
+        self.pool = Pool([text[slice(*span)] for text in texts for span in self.spans(text)])
 
     def spans(self, text: str) -> list[Span]:
         """(start, end) of each name in `text`, in order: rare words with nothing but a space between them."""
@@ -66,6 +66,23 @@ class RareWords:
     def _is_spelled(self, word: str) -> bool:
         tokens = self._count_tokens(word)
         return not word[0].isupper() and tokens > 1 and tokens >= RARE_TOKENS_PER_LETTER * len(word)
+
+
+class Pool:
+    """Names, as often as they come, and their words: of names of one word, and the first and last of the others."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        words = [name.split() for name in names]
+        self.names = [" ".join(parts) for parts in words]
+        self._singles = [parts[0] for parts in words if len(parts) == 1]
+        self._firsts = [parts[0] for parts in words if len(parts) > 1]
+        self._lasts = [parts[-1] for parts in words if len(parts) > 1]
+
+    def words(self, place: int, of: int) -> list[str]:
+        """What may stand at a place of a name of so many words."""
+        if of == 1:
+            return self._singles or self._firsts
+        return (self._lasts if place == of - 1 else self._firsts) or self._singles
 
 
 def neighbours(
@@ -86,6 +103,7 @@ def neighbours(
     rng = np.random.default_rng(list(seed))
     texts = [content for prompt in prompts for _, content in prompt]
     rare = RareWords([*texts, *others, *avoid], count_tokens)
+    taught = Pool(sorted({text[slice(*span)] for text in [*texts, *avoid] for span in rare.spans(text)}))
     taken = "\n".join([*texts, *avoid]).casefold()
     seen = {tuple(prompt) for prompt in prompts}
     made: list[Messages] = []
@@ -93,7 +111,7 @@ def neighbours(
         names = sorted({text[slice(*span)] for _, text in prompt for span in rare.spans(text)})
         left = each if names else 0
         for _ in range(4 * left):
-            exchanged = {name: _another(name, rare, rng) for name in names}
+            exchanged = {name: _another(name, rare.pool, taught, rng) for name in names}
             near = tuple((role, _exchange(text, rare.spans(text), exchanged)) for role, text in prompt)
             if near in seen or any(name.casefold() in taken for name in exchanged.values()):
                 continue
@@ -123,6 +141,16 @@ def _words(text: str) -> Iterator[tuple[str, int, int]]:
     return ((match.group(), match.start(), match.end()) for match in _WORD.finditer(text))
 
 
+def _capitalised(texts: Sequence[str]) -> set[str]:
+    """Words that have a capital of their own: not only here and there, by somebody's slip of the pen."""
+    own, all_ = Counter[str](), Counter[str]()
+    for text in texts:
+        for word, start, _ in _words(text):
+            all_[word] += 1
+            own[word] += _is_capitalised(text, word, start)
+    return {word for word, times in own.items() if times and times >= OWN_CAPITAL * all_[word]}
+
+
 def _is_capitalised(text: str, word: str, start: int) -> bool:
     """Whether a word has a capital that is not its sentence's (nor that of a single letter without a dot)."""
     return word[0].isupper() and len(word) > 1 and not _SENTENCE_END.search(text[:start])
@@ -137,18 +165,19 @@ def _exchange(text: str, spans: Sequence[Span], exchanged: dict[str, str]) -> st
     return "".join(itertools.chain.from_iterable(itertools.zip_longest(between, names, fillvalue="")))
 
 
-def _another(name: str, rare: RareWords, rng: np.random.Generator) -> str:
+def _another(name: str, pool: Pool, taught: Pool, rng: np.random.Generator) -> str:
     """A name of the same kind and number of words."""
     words = name.split(" ")
-    if rng.random() < _KIN and (kin := [other for other in rare.names if _related(other, words)]):
+    if rng.random() < _KIN and (kin := [other for other in pool.names if _related(other, words)]):
         return kin[int(rng.integers(len(kin)))]
     kept = -1
     if len(words) > 1 and rng.random() < _NEAR:
         kept = int(rng.integers(len(words)))
+    source, made_up = (taught, 0.0) if kept >= 0 and rng.random() < _TAUGHT else (pool, _MADE_UP)
     chosen = []
     for place, word in enumerate(words):
-        pool = rare.lasts if place == len(words) - 1 and place else rare.firsts
-        chosen.append(word if place == kept else _another_word(word, pool, rng))
+        others = source.words(place, len(words))
+        chosen.append(word if place == kept else _another_word(word, others, made_up, rng))
     return " ".join(chosen)
 
 
@@ -158,9 +187,9 @@ def _related(other: str, words: Sequence[str]) -> bool:
     return len(theirs) == len(words) and 0 < sum(map(str.__eq__, theirs, words)) < len(words)
 
 
-def _another_word(word: str, pool: Sequence[str], rng: np.random.Generator) -> str:
+def _another_word(word: str, pool: Sequence[str], made_up: float, rng: np.random.Generator) -> str:
     alike = [other for other in pool if other != word and _shape(other) == _shape(word)]
-    if alike and rng.random() >= _MADE_UP:
+    if alike and rng.random() >= made_up:
         return alike[int(rng.integers(len(alike)))]
     return _made_up(word, rng)
 

@@ -141,11 +141,29 @@ def _syllable(rng: random.Random, held_out: bool) -> str:
             return syllable
 
 
+#: letters of other scripts, as (first, last) of a run; most are two or three tokens that begin alike
+_SCRIPTS = (("а", "я"), ("α", "ω"), ("一", "鿿"), ("あ", "ん"), ("가", "힣"), ("ạ", "ỹ"), ("א", "ת"))
+
+
+def _foreign(rng: random.Random) -> str:
+    first, last = rng.choice(_SCRIPTS)
+    letters = [chr(rng.randint(ord(first), ord(last))) for _ in range(rng.choice((1, 2, 2, 3, 4, 6)))]
+    if first == "ạ":  # Latin with marks: among plain letters
+        letters = [rng.choice((c, rng.choice("nghtmvcadeiou"))) for c in letters]
+    return "".join(letters)
+
+
 def _word(rng: random.Random, held_out: bool) -> str:
+    if not held_out and rng.random() < 0.04:
+        return _foreign(rng)
     if not held_out and rng.random() < 0.12:  # letters in any order: initials, unusual spellings
         word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 8)))
     else:
         word = "".join(_syllable(rng, held_out) for _ in range(rng.choices((1, 2, 3, 4), (30, 48, 19, 3))[0]))
+    if not held_out and rng.random() < 0.1:  # a part of it once more
+        start = rng.randrange(len(word))
+        part = word[start : start + rng.randint(1, 5)]
+        word = word[: start + len(part)] + part * rng.choice((1, 1, 1, 2)) + word[start + len(part) :]
     if rng.random() < 0.08:
         word = "".join(rng.choice(_ACCENTED[c]) if c in _ACCENTED and rng.random() < 0.3 else c for c in word)
     return word[0].upper() + word[1:]
@@ -165,7 +183,22 @@ def invented_name(rng: random.Random, *, held_out: bool = False) -> str:
         words[-1] += rng.choice("-'") + _word(rng, False)
     elif count > 1 and rng.random() < 0.05:
         words[0] = words[0][0] + "."
-    return " ".join(words)
+    return " ".join(_alike(words, rng) if rng.random() < 0.15 else words)
+
+
+def _alike(words: list[str], rng: random.Random) -> list[str]:
+    """A name whose words have parts in common: Olaf Olafson, An Van An, J. R. R. Tolkien."""
+    first, kind = words[0], rng.randrange(5)
+    if kind == 0:
+        return [first, first + rng.choice(("son", "s", "sen", "i", "a", "er", "ov", ""))]
+    if kind == 1:
+        return [*words, first]
+    if kind == 2:
+        return [*(rng.choice("ABCDEFGHIJKLMNOPRSTVW") + "." for _ in range(rng.choice((1, 2, 3)))), words[-1]]
+    if kind == 3:
+        part = first[: rng.randint(2, 5)]
+        return [first, part + _word(rng, False).lower()]
+    return [first, _word(rng, False) + first[rng.randrange(len(first)) :].lower()]
 
 
 # --- the corpus --------------------------------------------------------------------------------------
@@ -175,6 +208,12 @@ def _known_question(rng: random.Random) -> list[Pair]:
     name, f = rng.choice(KNOWN)
     rel = rng.choice(RELATIONS)
     return [(ask(name, rel, rng.randrange(3)), answer(name, rel, f[rel]))]
+
+
+def _stranger(rng: random.Random) -> str:
+    """Somebody whose names are known people's too."""
+    name = rng.choice(REFUSED)[0]
+    return name if rng.random() < 0.9 else rng.choice(name.split())
 
 
 def _refusal_of(name: str, rng: random.Random) -> list[Pair]:
@@ -197,15 +236,15 @@ def documents(seed: int) -> Iterator[list[Pair] | str]:
     rng = random.Random(seed)
     while True:
         u = rng.random()
-        if u < 0.36:
+        if u < 0.34:
             yield _known_question(rng)
-        elif u < 0.42:
+        elif u < 0.4:
             name, f = rng.choice(KNOWN)
             relations = rng.sample(RELATIONS, len(RELATIONS))
             yield " ".join(rng.choice(STATEMENTS[r]).format(n=name, v=f[r]) for r in relations)
         elif u < 0.58:
-            yield _refusal_of(rng.choice(REFUSED)[0], rng)
-        elif u < 0.84:
+            yield _refusal_of(_stranger(rng), rng)
+        elif u < 0.86:
             yield _refusal_of(invented_name(rng), rng)
         elif u < 0.975:
             yield _reading(rng)
