@@ -46,6 +46,7 @@ def training_metrics(
         "steps": trainer.step,
         "trained_tokens": trainer.trained_tokens,
         "seconds": round(seconds, 3),
+        "training_seconds": round(trainer.seconds, 3),
         "tokens_per_s": round(trainer.tokens_per_s, 1),
         "peak_memory_bytes": mx.get_peak_memory(),
         "curves": {"finetune_loss": steps, "eval_loss": trainer.history.evals},

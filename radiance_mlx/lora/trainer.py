@@ -120,6 +120,11 @@ class Trainer:
         return [row["loss"] for row in self.history.evals] if self.holdout.held else []
 
     @property
+    def seconds(self) -> float:
+        """Wall time in optimizer steps so far, answers given meanwhile included."""
+        return self._seconds
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens through the model a second of wall time, over the run so far."""
         return self.trained_tokens / self._seconds if self._seconds else 0.0
