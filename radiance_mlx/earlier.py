@@ -23,7 +23,7 @@ class Log:
         """What was learnt on the way, `line` being newest first: without what was held out for good."""
         jobs = [job for record in reversed(line) for job in record.jobs]
         rows = await self._store(lambda s: s.examples_of(jobs))
-        held_out = [record for record in line if record.metrics.get("never_trained")]
+        held_out = [r for r in line if r.metrics.get("never_trained") and not r.reconsolidated]
         if held_out:
             batches = await self._store(lambda s: [s.examples_of(record.jobs) for record in held_out])
             rows = _trained(rows, [(b, r.metrics["never_trained"]) for b, r in zip(batches, held_out, strict=True)])

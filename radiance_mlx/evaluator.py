@@ -23,7 +23,7 @@ from .engine.thread import EngineThread
 from .errors import AnchorsUnavailable, Conflict, NotFound
 from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
 from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
-from .evaluation.policy import Rule
+from .evaluation.policy import FINETUNE_LOSS, Rule
 from .lora.encoding import Encoded
 from .messages import BASE, Example
 from .store import CheckpointRecord, write_durably
@@ -54,7 +54,7 @@ class Evaluator:
     def warnings(self) -> list[str]:
         """What keeps evaluation from doing what the configuration says."""
         warnings = [self.trouble] if self.trouble else []
-        if not self.enabled and self._settings.rollback_mode != "off":
+        if not self.enabled and self._settings.rollback_mode != "off" and self.rule.metric != FINETUNE_LOSS:
             warnings.append("evaluation.rollback_mode has no effect: no anchors are measured (anchor_provider)")
         return warnings
 
@@ -73,7 +73,8 @@ class Evaluator:
         """
         rehearsed = await self._rehearsed()
         if not self.enabled:
-            return Plan(self.rule, rehearsed=rehearsed) if rehearsed else None
+            judged = self.rule.mode != "off" and self.rule.metric == FINETUNE_LOSS
+            return Plan(self.rule, rehearsed=rehearsed) if rehearsed or judged else None
         anchors, unavailable = None, ""
         try:
             anchors = await self.anchor_set(self.anchors)

@@ -15,7 +15,7 @@ import structlog
 from .checkpoints import folder as folders
 from .checkpoints.retention import removable
 from .engine.thread import EngineThread
-from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError, Rejected
+from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError, Rejected, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .messages import BASE, TrainResult
 from .storage import StoreThread
@@ -152,8 +152,11 @@ class Lineage:
         }
         final = self.folder(result.checkpoint)
         # metrics first: a folder that is there is published after a crash, and must not lack them
-        await asyncio.to_thread(self._write_metrics, result.checkpoint, result.metrics)
-        await asyncio.to_thread(folders.commit, Path(result.written), final, facts)
+        try:
+            await asyncio.to_thread(self._write_metrics, result.checkpoint, result.metrics)
+            await asyncio.to_thread(folders.commit, Path(result.written), final, facts)
+        except OSError as error:
+            raise StoreError(f"{result.checkpoint} cannot be written: {error.strerror or error}") from error
         return self.recorded(result.checkpoint)
 
     def _write_metrics(self, checkpoint: str, metrics: dict[str, Any]) -> None:

@@ -213,6 +213,8 @@ class Scheduler:
         except CheckpointDamaged as error:
             await self._parent_is_damaged(running, error)
         except StoreError:  # no fault of the jobs: what is finished is published when the store works again
+            with contextlib.suppress(StoreError):
+                await self._store(lambda s: s.take_back_attempt(jobs))
             raise
         except Exception as error:
             await self._after_failure(running, error)
@@ -283,7 +285,7 @@ class Scheduler:
             parent=self._lineage.stable,
             jobs=running.jobs,
             examples=examples,
-            data_hash=data_hash(examples),
+            data_hash=await asyncio.to_thread(data_hash, examples),
             number=number_of(running.checkpoint),
             lineage="fresh" if self._config.lineage == "fresh" else "continue",
             log=tuple(example for _, example in log),

@@ -213,7 +213,7 @@ class Service:
     ) -> tuple[JobRecord, bool]:
         """Accept examples durably; (job, whether it is new). Raises `IdempotencyMismatch`."""
         store, _, _, scheduler = self._require()
-        files = curated_files(examples)
+        files = await asyncio.to_thread(curated_files, examples)
         digest = hashlib.sha256(raw).hexdigest()
         job, new = await store(
             lambda s: s.accept(

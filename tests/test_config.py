@@ -1,5 +1,6 @@
 """Configuration: sources and their order, faults, and that config.yaml tells the truth."""
 
+import json
 import re
 from datetime import date
 from pathlib import Path
@@ -411,3 +412,22 @@ def test_a_fault_in_a_key_is_no_second_fault_in_those_that_need_it(tmp_path):
     """What is told once is enough."""
     error = faults(tmp_path, "training: {eval_fraction: 2, eval_holdout: true, patience: 3}")
     assert [fault["key"] for fault in error.details] == ["training.eval_fraction"]
+
+
+def test_a_base_can_recommend_nothing_but_how_it_is_taught(tmp_path):
+    """A model folder is somebody else's: no code, no open port, no hub comes in by its `radiance.json`."""
+    lasting = {
+        "training": {"lr": 0.5},
+        "replay": {"fraction": 0.25},
+        "evaluation": {"metric": "finetune_loss", "anchor_provider": "hf"},
+        "model": {"trust_remote_code": True},
+        "server": {"allowed_origins": ["http://evil.example"]},
+        "rehearsal": [1],
+    }
+    (tmp_path / "radiance.json").write_text(json.dumps({"presets": {"lasting": lasting, "none": 3}}))
+    flags = {"base_model": str(tmp_path), "preset": "lasting"}
+    config = load_config(home=tmp_path / "home", flags=flags, environ={}).config
+    assert (config.training.lr, config.replay.fraction, config.evaluation.metric) == (0.5, 0.25, "finetune_loss")
+    assert config.evaluation.anchor_provider is None
+    assert not config.model.trust_remote_code
+    assert config.server.allowed_origins == []

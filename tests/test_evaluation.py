@@ -289,3 +289,14 @@ def test_an_adapter_that_does_nothing_has_forgotten_nothing():
 def test_documents_without_a_token_that_counts_are_refused():
     with pytest.raises(ValueError, match="token that counts"):
         Documents([Encoded((1,), 0)])
+
+
+def test_a_tail_that_is_nearly_nothing_is_still_told():
+    """Summed up from its own tokens: the divergence over what is kept is never more than the whole one."""
+    for was, now in ((1e-2, 1e-8), (1e-3, 1e-7), (0.1, 1e-12)):
+        rest = 200
+        p = [(1 - was) / 2, (1 - was) / 2, *[was / rest] * rest]
+        q = [(1 - now) / 2, (1 - now) / 2, *[now / rest] * rest]
+        kept = reference(mx.log(mx.array([p])), mx.array([0]), k=2)
+        whole = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+        assert kl(kept, log_softmax(mx.log(mx.array([q])))).item() == pytest.approx(whole, rel=1e-3)

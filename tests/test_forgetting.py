@@ -288,3 +288,46 @@ def test_merging_toward_the_base_answers_with_part_of_what_was_learnt(home):
     assert all((half.weights[path][1] == one.weights[path][1]).all().item() for path in one.weights)
     assert second.parent == part.checkpoint
     assert not any("fresh" in note for note in notes)
+
+
+def test_what_could_not_be_learnt_is_refused_without_any_anchors(tmp_path):
+    """`metric: finetune_loss` looks at the batch itself."""
+    flags = {**QUICK, "evaluation.rollback_mode": "auto_rollback", "evaluation.metric": "finetune_loss"}
+    with running(tmp_path, flags, evaluation__catastrophic_delta=1e-6) as service:
+        job = service.wait(service.post(FACTS[0]), "rejected")
+        assert "finetune_loss" in job.error["message"]
+        assert service.current == "base"
+        assert not any("no effect" in warning for warning in service.info()["warnings"])
+
+
+def test_going_back_and_forth_makes_nothing_of_a_risky_checkpoint(home):
+    """It serves as risky again."""
+    flags = {**LOCAL, "evaluation.rollback_mode": "warn", "evaluation.catastrophic_delta": ALWAYS}
+    with running(home, flags) as service:
+        first, second = service.learn(FACTS[0]), service.learn(FACTS[1])
+        service.call(service.service.rollback(first, "back"))
+        assert service.checkpoints()[second].status == "rolled_back"
+        service.call(service.service.rollback(second, "and forth"))
+        assert service.checkpoints()[second].status == "risky"
+        assert service.service.current == (second, "risky")
+
+
+def test_a_cache_that_cannot_be_kept_is_no_fault_of_the_update(home):
+    """A file lies where the folder should be: what is measured is measured again next time."""
+    (home / "state").mkdir()
+    (home / "state" / "anchors").write_text("in the way")
+    with running(home, LOCAL) as service:
+        assert learnt(service, FACTS[0]).metrics["forgetting_kl"] > 0
+
+
+def test_an_adapter_that_cannot_be_written_waits_until_it_can(tmp_path, monkeypatch):
+    """The update was accepted: a fault of the disk does not end it."""
+    monkeypatch.setattr("radiance_mlx.scheduler.LOOK_S", 0.05)
+    with running(tmp_path) as service:
+        (tmp_path / "adapters").rmdir()
+        (tmp_path / "adapters").write_text("in the way")
+        job_id = service.post(FACTS[0])
+        until(lambda: any("training waits" in warning for warning in service.info()["warnings"]))
+        assert service.job(job_id).state in ("training", "evaluating")
+        (tmp_path / "adapters").unlink()
+        assert service.wait(job_id, "published").attempts == 1

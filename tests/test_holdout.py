@@ -86,7 +86,7 @@ def test_what_stays_out_is_not_replayed_by_later_updates(tmp_path, stays_out):
             assert len(out) == int(stays_out)
             expected += [question for place, (question, _) in enumerate(facts) if place not in out]
         scheduler = service.service._scheduler
-        log = service.call(scheduler._log(service.call(scheduler._line())))
+        log = service.call(scheduler._log.rows(service.call(scheduler._line())))
         assert [e.messages[0][1] for _, e in log] == expected
         service.learn(*FACTS[7:9])  # from that log
 

@@ -558,3 +558,9 @@ def test_the_check_against_the_description_would_notice():
     assert fits({}, schema, document) == ["$.x is missing"]
     assert fits({"x": 1, "y": 2}, schema, document) == ["$.y is not described"]
     assert fits([None], {"items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}, document)
+
+
+def test_a_named_checkpoint_and_the_live_weights_exclude_each_other(client):
+    """Neither is silently dropped."""
+    response = client.post("/search", json={"prompt": "a", "checkpoint": "base", "use_training_adapter": True})
+    error(response, 422, "invalid_request")

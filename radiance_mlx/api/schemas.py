@@ -45,6 +45,8 @@ class SearchRequest(Body):
     def _one_question(self) -> "SearchRequest":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        if self.use_training_adapter and self.checkpoint != STABLE:
+            raise ValueError("give either checkpoint or use_training_adapter")
         return self
 
     def as_request(self) -> Generate:

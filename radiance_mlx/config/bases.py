@@ -12,6 +12,11 @@ from ..errors import ConfigError
 
 NANO_FOLDER = Path(__file__).parent.parent / "models" / "nano"
 RECOMMENDED_SECTIONS = ("lora", "training", "batch")
+#: what a base's own presets may say: a model folder is somebody else's, and may open nothing
+PRESET_KEYS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*RECOMMENDED_SECTIONS, "replay", "rehearsal"), ()),  # every key
+    "evaluation": ("metric", "catastrophic_delta", "confidence"),
+}
 
 #: short names → hub folders that mlx-lm loads
 SHORT_NAMES = {
@@ -68,7 +73,17 @@ def recommended_values(name: str) -> dict[str, Any]:
 def preset_values(name: str, preset: str) -> list[dict[str, Any]]:
     """What a preset means, weakest first: for any base, and for this one. Unknown presets mean nothing here."""
     own = _own_values(name).get("presets")
-    return [PRESETS.get(preset, {}), own.get(preset, {}) if isinstance(own, dict) else {}]
+    values = own.get(preset) if isinstance(own, dict) else None
+    return [PRESETS.get(preset, {}), _allowed(values) if isinstance(values, dict) else {}]
+
+
+def _allowed(values: dict[str, Any]) -> dict[str, Any]:
+    """Only the sections, and of some only the keys, that are a preset's affair."""
+    return {
+        section: {key: value for key, value in given.items() if not PRESET_KEYS[section] or key in PRESET_KEYS[section]}
+        for section, given in values.items()
+        if section in PRESET_KEYS and isinstance(given, dict)
+    }
 
 
 def _own_values(name: str) -> dict[str, Any]:

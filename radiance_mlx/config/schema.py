@@ -207,7 +207,9 @@ class EvaluationSection(Section):
     require_anchors: bool = False
     rollback_mode: Annotated[Literal["off", "warn", "auto_rollback"], BeforeValidator(_off_is_a_word)] = "off"
     catastrophic_delta: Annotated[float, Field(ge=-BIG, le=BIG)] = 0.25
-    metric: Literal["forgetting_loss_delta", "forgetting_kl", "drift_kl", "anchor_ce_delta"] = "forgetting_loss_delta"
+    metric: Literal["forgetting_loss_delta", "forgetting_kl", "drift_kl", "anchor_ce_delta", "finetune_loss"] = (
+        "forgetting_loss_delta"
+    )
     confidence: Literal["mean", "lower_bound"] = "mean"
     scale_first: bool = False
     update_sample: NotNegative = 8

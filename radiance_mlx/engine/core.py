@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..checkpoints import folder as folders
 from ..config import Config
-from ..errors import Conflict, InternalError, RadianceError
+from ..errors import Conflict, InternalError, RadianceError, StoreError
 from ..evaluation.anchors import AnchorSet
 from ..evaluation.plan import Plan, Subject
 from ..lora import files
@@ -191,7 +191,7 @@ class Engine:
             done(outcome)
 
     def _finish_training(self, task: TrainingTask, outcome: Any) -> None:
-        task.close(forget_state=isinstance(outcome, RadianceError))
+        task.close(forget_state=isinstance(outcome, RadianceError) and not isinstance(outcome, StoreError))
         if isinstance(outcome, TrainResult):
             weights = task.live()
             self._trained = (task.batch.checkpoint, task.step, lambda: weights)

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..config.schema import TrainingSection
 from ..errors import CheckpointDamaged, ModelError
 from ..evaluation.anchors import AnchorSet
 from ..evaluation.divergence import Reference
@@ -21,7 +22,7 @@ from ..evaluation.kept import Kept, KeptReferences
 from ..evaluation.measuring import Documents, Measured, measure
 from ..evaluation.metrics import AnchorSums, anchor_metrics, kept_gain, nothing_measured
 from ..evaluation.plan import EarlierUpdate, Plan, spread
-from ..evaluation.policy import Verdict, fires, judge, next_scale
+from ..evaluation.policy import FINETUNE_LOSS, Verdict, fires, judge, next_scale
 from ..lora import files
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder, Encoded
@@ -128,14 +129,22 @@ class UpdateEvaluation:
     """Around the training of one batch: `before` it, `after` it. `metrics` and `verdict` are there afterwards."""
 
     def __init__(
-        self, base: BaseModel, targets: Targets, encoder: ChatEncoder, home: Path, plan: Plan, room: int
+        self,
+        base: BaseModel,
+        targets: Targets,
+        encoder: ChatEncoder,
+        home: Path,
+        plan: Plan,
+        settings: TrainingSection,
     ) -> None:
         self._base, self._targets, self._encoder, self._home = base, targets, encoder, home
-        self.plan, self._room = plan, room
+        self.plan, self._settings = plan, settings
         self._meter = AnchorMeter(base, targets, home, plan.anchors) if plan.anchors else None
         self._own: list[Encoded] = []
         self.loss_before: list[float] = []
         self.scale = 1.0
+        #: the weights as they were trained, once others have been tried
+        self.unscaled: dict[str, mx.array] | None = None
         self.metrics: dict[str, Any] = nothing_measured()
         self.verdict: Verdict = judge(plan.rule, self.metrics)
 
@@ -156,13 +165,18 @@ class UpdateEvaluation:
         elif self._own:
             yield from trainer.evaluate(self._own, self.loss_before)
 
-    def after(self, trainer: Trainer, head: TargetRows | None, checkpoint: str, parent: str | None) -> Iterator[Piece]:
+    def after(
+        self, trainer: Trainer, head: TargetRows | None, checkpoint: str, parent: str | None, finetune_loss: float
+    ) -> Iterator[Piece]:
         """All metrics, the verdict, and, if the plan says so, the largest scale of `b` that passes."""
+        if self._meter is not None:
+            yield from self._measure(trainer, head, checkpoint, parent)
+        self.verdict = judge(self.plan.rule, {**self.metrics, FINETUNE_LOSS: finetune_loss})
         if self._meter is None:
             return
-        yield from self._measure(trainer, head, checkpoint, parent)
-        self.verdict = judge(self.plan.rule, self.metrics)
-        if self.plan.scale_first and self.verdict.outcome in ("risky", "rejected"):
+        # a weaker adapter has learnt less: that mends only what is measured on anchors
+        on_anchors = self.plan.rule.metric != FINETUNE_LOSS
+        if self.plan.scale_first and on_anchors and self.verdict.outcome in ("risky", "rejected"):
             yield from self._scale_down(trainer, head, checkpoint, parent)
         yield from self._update_metrics(trainer, head)
 
@@ -178,6 +192,7 @@ class UpdateEvaluation:
         """By bisection; if no scale passes, everything stays as it was trained."""
         assert self._meter is not None
         whole, rule = trainer.tree.parameters(), self.plan.rule
+        self.unscaled = whole
         passed, failed = 0.0, 1.0
         for _ in range(SCALE_STEPS):
             middle, found = next_scale(passed, failed), dict[str, Any]()
@@ -211,7 +226,8 @@ class UpdateEvaluation:
         self.metrics["update_retention_by_checkpoint"] = kept
 
     def _retention_of(self, trainer: Trainer, update: EarlierUpdate, kept: dict[str, float]) -> Iterator[Piece]:
-        encoded = [self._encoder.example(e, max_tokens=self._room) for e in update.examples]
+        room, mask = self._settings.max_seq_length, self._settings.mask_prompt
+        encoded = [self._encoder.example(e, mask_prompt=mask, max_tokens=room) for e in update.examples]
         now: list[float] = []
         usable = [e for e in encoded if e.targets > 0]
         if usable:

@@ -4,24 +4,21 @@ A `TrainingTask` never touches the bank or the requests. Its state is kept every
 `state/training/<checkpoint>`, so that the same batch can go on after a crash from the last kept step.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.folder import read, replace_folder, unfinished, verify
+from ..checkpoints.folder import read, unfinished, verify
 from ..config import Config
-from ..config.schema import ReplaySection
-from ..errors import Cancelled, CheckpointDamaged, ModelError, RadianceError, TrainingFailed
+from ..config.schema import ReplaySection, TrainingSection
+from ..errors import Cancelled, CheckpointDamaged, ModelError, StoreError, TrainingFailed
 from ..evaluation.plan import Plan
 from ..lora import files, memory
 from ..lora.bank import AdapterWeights
@@ -34,6 +31,7 @@ from ..lora.tree import make_tree
 from ..lora.whole import run_whole
 from ..messages import Progress, TrainBatch, TrainResult
 from .evaluating import UpdateEvaluation
+from .kept_state import KeptState
 from .lasting import Asked, Lasting, Lesson
 from .metrics import training_metrics
 from .model import BaseModel
@@ -67,22 +65,16 @@ class TrainingTask:
         self._targets, self._backend, self._cancelled = targets, backend, cancelled
         self._notes = list(batch.notes)
         self._started = time.time()
-        self._settings = config.training.model_copy(
-            update={
-                "max_seq_length": min(config.training.max_seq_length, context),
-                "max_steps": batch.max_steps or config.training.max_steps,
-            }
-        )
+        self._settings = _settings(config.training, batch, context)
         self._replay = ReplaySection() if batch.reconsolidated else config.replay
         self._encoder, self._bank_bytes = encoder, bank_bytes
         self._head_on_targets = head_on_targets and config.training.slice_ms > 0
         self._examples: list[Encoded] = []
         self._prepared: Trainer | None = None
         self._kept_at = time.monotonic()
-        self._keeping: Future[None] | None = None
-        self._files = ThreadPoolExecutor(1, thread_name_prefix="radiance-files")
+        self._kept = KeptState(home / "state" / "training" / batch.checkpoint)
         self._final: list[float] = []
-        self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings.max_seq_length)
+        self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings)
         self._lasting: Lasting | None = None
         self._rehearsed_anchors = plan.rehearsed if plan else ()
         if Lasting.wanted(self._replay, config.rehearsal):
@@ -217,63 +209,45 @@ class TrainingTask:
 
     # --- kept state ------------------------------------------------------------------------------
 
-    @property
-    def _state_folder(self) -> Path:
-        return self._home / "state" / "training" / self.batch.checkpoint
-
     def _identity(self) -> str:
         """What a kept state must have in common with this batch to be gone on from."""
-        facts = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
         config = self._config
+        facts: list[Any] = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
+        facts.append(config.model.chat_template_args)
         chosen = (config.lora, self._settings, self._replay, config.rehearsal)
         sections = [section.model_dump() for section in chosen]
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
 
     def _resume(self, trainer: Trainer) -> bool:
-        folder = self._state_folder
-        if not folder.is_dir() or self._config.training.slice_ms == 0:
+        if not self._kept.there or self._config.training.slice_ms == 0:
             return False
         try:
-            progress = json.loads((folder / files.PROGRESS_FILE).read_text(encoding="utf-8"))
+            progress = self._kept.progress()
             if progress["identity"] != self._identity():
                 return False
-            weights = files.load_arrays(folder / files.ADAPTER_FILE)
-            best = folder / files.BEST_FILE
-            trainer.resume(
-                weights,
-                files.load_arrays(folder / files.OPTIMIZER_FILE),
-                progress,
-                files.load_arrays(best) if best.is_file() else None,
-            )
-            self._known_before = list(progress.get("loss_before", []))
+            weights, optimizer = self._kept.arrays(files.ADAPTER_FILE), self._kept.arrays(files.OPTIMIZER_FILE)
+            if weights is None or optimizer is None:
+                return False
+            trainer.resume(weights, optimizer, progress, self._kept.arrays(files.BEST_FILE))
+            self._known_before = list(progress.get("loss_before", [])) or None
         except (OSError, ValueError, KeyError, CheckpointDamaged, TrainingFailed, ModelError):
             return False
         self._notes.append(f"taken up again at step {trainer.step} after an interruption")
         return True
 
     def keep_state(self, *, wait: bool = False) -> None:
-        """Write what `_resume` reads; the sync and the rename happen on a thread of files."""
+        """Write what `_resume` reads."""
         if self._prepared is None:
             return
-        if self._keeping is not None and not self._keeping.done() and not wait:
-            return
-        if self._keeping is not None:
-            self._keeping.result()
         weights, optimizer, progress = self._trainer.state()
-        parent = self._state_folder.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        written = unfinished(parent, self.batch.checkpoint)
-        files.save_arrays(written / files.ADAPTER_FILE, weights)
-        files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        if self._evaluation and self._evaluation.unscaled is not None:
+            weights = self._evaluation.unscaled
+        arrays = {files.ADAPTER_FILE: weights, files.OPTIMIZER_FILE: optimizer}
         if best := self._trainer.best_arrays():
-            files.save_arrays(written / files.BEST_FILE, best)
+            arrays[files.BEST_FILE] = best
         before = self._evaluation.loss_before if self._evaluation else []
-        document = {**progress, "identity": self._identity(), "loss_before": before}
-        (written / files.PROGRESS_FILE).write_text(json.dumps(document), encoding="utf-8")
-        self._keeping = self._files.submit(replace_folder, written, self._state_folder)
+        self._kept.keep(arrays, {**progress, "identity": self._identity(), "loss_before": before}, wait=wait)
         self._kept_at = time.monotonic()
-        if wait:
-            self._keeping.result()
 
     # --- the run ---------------------------------------------------------------------------------
 
@@ -320,7 +294,9 @@ class TrainingTask:
             yield from self._evaluate(self._evaluation)
 
     def _evaluate(self, evaluation: UpdateEvaluation) -> Iterator[Piece]:
-        yield from evaluation.after(self._trainer, self._head, self.batch.checkpoint, self.batch.parent)
+        yield from evaluation.after(
+            self._trainer, self._head, self.batch.checkpoint, self.batch.parent, self._final[-1]
+        )
         if evaluation.plan.unavailable:
             self._notes.append(f"anchors were not measured: {evaluation.plan.unavailable}")
         if evaluation.scale != 1.0:
@@ -351,13 +327,7 @@ class TrainingTask:
         lora = self._config.lora
         if self._trainer.finished_early:
             self._notes.append(self._trainer.finished_early)
-        adapters = self._home / "adapters"
-        adapters.mkdir(parents=True, exist_ok=True)
-        written = unfinished(adapters, self.batch.checkpoint)
-        weights, optimizer, _ = self._trainer.state()
-        config = files.adapter_config(self._targets, rank=lora.r, scale=self._served_scale, dropout=lora.dropout)
-        files.save_adapter(written, weights, {**config, "base_model": self._config.base_model})
-        files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        written = self._write()
         used = {
             "base_model": self._config.base_model,
             "lineage": self.batch.lineage,
@@ -383,14 +353,33 @@ class TrainingTask:
             reconsolidated=self.batch.reconsolidated,
         )
 
+    def _write(self) -> Path:
+        """The unfinished folder with the adapter and the optimizer. Raises `StoreError` where the disk fails."""
+        adapters, lora = self._home / "adapters", self._config.lora
+        weights, optimizer, _ = self._trainer.state()
+        config = files.adapter_config(self._targets, rank=lora.r, scale=self._served_scale, dropout=lora.dropout)
+        try:
+            adapters.mkdir(parents=True, exist_ok=True)
+            written = unfinished(adapters, self.batch.checkpoint)
+            files.save_adapter(written, weights, {**config, "base_model": self._config.base_model})
+            files.save_arrays(written / files.OPTIMIZER_FILE, optimizer)
+        except (OSError, RuntimeError) as error:
+            raise StoreError(f"The trained adapter cannot be written to {adapters}: {error}") from error
+        return written
+
     def close(self, *, forget_state: bool) -> None:
         """Let go of everything; with `forget_state` the kept state goes too."""
-        with contextlib.suppress(OSError, RadianceError):
-            if self._keeping is not None:
-                self._keeping.result()
-        self._files.shutdown()
-        if forget_state:
-            shutil.rmtree(self._state_folder, ignore_errors=True)
+        self._kept.close(forget=forget_state)
+
+
+def _settings(training: TrainingSection, batch: TrainBatch, context: int) -> TrainingSection:
+    """`training` for this batch and model. Of a reconsolidation nothing is held out: all of it was learnt before."""
+    fitted = {
+        "max_seq_length": min(training.max_seq_length, context),
+        "max_steps": batch.max_steps or training.max_steps,
+    }
+    whole = {"eval_fraction": 0.0, "eval_holdout": False, "patience": 0} if batch.reconsolidated else {}
+    return training.model_copy(update={**fitted, **whole})
 
 
 def _trained_scale(folder: Path) -> float:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 TOP_K = 64
-TINY = 1e-30
+#: log-probabilities of a tail are not told apart below this
+LEAST = -80.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def reference(logprobs: mx.array, targets: mx.array, k: int = TOP_K) -> Referenc
     return Reference(
         ids=ids,
         logprobs=top,
-        tail=_tail(top),
+        tail=_rest(logprobs, ids),
         entropy=-(mx.exp(logprobs) * mx.where(logprobs > -mx.inf, logprobs, 0.0)).sum(axis=-1),
         target=_at(logprobs, targets),
         best=mx.argmax(logprobs, axis=-1).astype(mx.int32),
@@ -65,7 +66,7 @@ def kl(kept: Reference, logprobs: mx.array) -> mx.array:
     inside = mx.where(probabilities > 0, probabilities * (kept.logprobs - theirs), 0.0).sum(axis=-1)
     if kept.ids.shape[-1] >= logprobs.shape[-1]:
         return inside
-    return inside + mx.exp(kept.tail) * (kept.tail - _tail(theirs))
+    return inside + mx.exp(kept.tail) * (kept.tail - _rest(logprobs, kept.ids))
 
 
 def agreement(kept: Reference, logprobs: mx.array) -> mx.array:
@@ -73,9 +74,12 @@ def agreement(kept: Reference, logprobs: mx.array) -> mx.array:
     return (mx.argmax(logprobs, axis=-1).astype(mx.int32) == kept.best).astype(mx.float32)
 
 
-def _tail(top: mx.array) -> mx.array:
-    """log(1 − Σ exp top), kept above log(TINY) where rounding would make it negative."""
-    return mx.log(mx.maximum(1.0 - mx.exp(top).sum(axis=-1), TINY))
+def _rest(logprobs: mx.array, ids: mx.array) -> mx.array:
+    """(n,) log-probability of all tokens but `ids`, summed up from theirs: 1 - Σ has no digits left near 0."""
+    if ids.shape[-1] >= logprobs.shape[-1]:
+        return mx.full(ids.shape[:1], LEAST)
+    without = mx.put_along_axis(mx.zeros(logprobs.shape), ids, mx.array(-mx.inf), axis=-1)
+    return mx.maximum(mx.logsumexp(logprobs + without, axis=-1), LEAST)
 
 
 def _at(logprobs: mx.array, tokens: mx.array) -> mx.array:

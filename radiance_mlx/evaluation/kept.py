@@ -5,6 +5,7 @@ cache: what is missing or unreadable is measured again.
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ import numpy as np
 from .divergence import TOP_K, Reference
 from .measuring import Documents
 
+log = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 
 
@@ -49,10 +51,13 @@ class KeptReferences:
 
     def save(self, name: str, kept: Kept) -> None:
         """Write beside and rename. A failure is no fault of what was measured: it is measured again next time."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         beside = self._folder / f".{name}{_SUFFIX}"
-        mx.save_safetensors(str(beside), {**kept.reference.arrays(), "base_kl": mx.array(kept.base_kl)})
-        os.replace(beside, self._folder / f"{name}{_SUFFIX}")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            mx.save_safetensors(str(beside), {**kept.reference.arrays(), "base_kl": mx.array(kept.base_kl)})
+            os.replace(beside, self._folder / f"{name}{_SUFFIX}")
+        except (OSError, RuntimeError) as error:
+            log.warning("distributions on the anchors cannot be kept in %s: %s", self._folder, error)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Remove the others: a set of a thousand anchors takes some 50 MB for each."""

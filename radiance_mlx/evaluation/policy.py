@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from ..messages import Outcome
 
+#: how much of the batch could not be learnt; the one metric that needs no anchors
+FINETUNE_LOSS = "finetune_loss"
 Mode = Literal["off", "warn", "auto_rollback"]
 Confidence = Literal["mean", "lower_bound"]
 

@@ -6,6 +6,7 @@ document, on the same anchors, before anything is drawn: paired. Pure NumPy; no 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,6 +22,13 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+
+@lru_cache(maxsize=1)
+def _drawn(documents: int, seed: int, resamples: int) -> np.ndarray:
+    """(resamples, documents): how often each document comes in each resample; the same for all metrics of a set."""
+    drawn = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
+    return drawn.astype(np.float64)
 
 
 def token_mean(sums: ArrayLike, tokens: ArrayLike) -> float:
@@ -41,7 +49,7 @@ def estimate(sums: ArrayLike, tokens: ArrayLike, *, seed: int = 0, resamples: in
     if (counts <= 0).any():
         raise ValueError("every document needs at least one token that counts")
     n = len(values)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    drawn = _drawn(n, seed, resamples)
     means = (drawn @ values) / (drawn @ counts)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(token_mean(sums, tokens), float(low), float(high))

@@ -141,14 +141,22 @@ def move(db: sqlite3.Connection, base_hash: str, target: str | None) -> tuple[st
     if target is not None:
         reached = require_usable(db, base_hash, target)
         if reached.status == "candidate":
-            set_status(db, [target], "stable")
+            set_status(db, [target], served_status(reached))
     line = lineage(db, base_hash, target)
-    set_status(db, [r.checkpoint for r in line if r.status == "rolled_back"], "stable")
+    for record in line:
+        if record.status == "rolled_back":
+            set_status(db, [record.checkpoint], served_status(record))
     kept = {r.checkpoint for r in line}
     left = [r.checkpoint for r in lineage(db, base_hash, old) if r.checkpoint not in kept]
     set_status(db, left, "rolled_back")
     point(db, base_hash, target)
     return old, left
+
+
+def served_status(record: CheckpointRecord) -> str:
+    """What a checkpoint serves as: what its measures made it stays known, however it came to serve."""
+    verdict = (record.metrics.get("evaluation") or {}).get("verdict") or {}
+    return "risky" if verdict.get("outcome") in ("risky", "rejected") else "stable"
 
 
 def set_status(db: sqlite3.Connection, checkpoints: Iterable[str], status: str) -> None:
