@@ -29,15 +29,15 @@ class Log:
             rows = _trained(rows, [(b, r.metrics["never_trained"]) for b, r in zip(batches, held_out, strict=True)])
         return rows[-LOG_EXAMPLES:]
 
-    async def replayable(self, rows: Sequence[Row], jobs: Sequence[JobRecord], by_tag: bool) -> list[Example]:
-        """The examples of `rows` that may be trained again beside `jobs`."""
+    async def replayable(self, rows: Sequence[Row], jobs: Sequence[JobRecord], by_tag: bool) -> list[int]:
+        """The places in `rows` of the examples that may be trained again beside `jobs`."""
         if not by_tag:
-            return [example for _, example in rows]
+            return list(range(len(rows)))
         wanted = {tag for job in jobs for tag in job.tags}
         names = list(dict.fromkeys(job for job, _ in rows))
         earlier = await self._store(lambda s: [s.job(name) for name in names])
         sharing = {job.job_id for job in earlier if wanted.intersection(job.tags)}
-        return [example for job, example in rows if job in sharing]
+        return [place for place, (job, _) in enumerate(rows) if job in sharing]
 
 
 def _trained(rows: Sequence[Row], batches: Iterable[tuple[Sequence[Row], Sequence[int]]]) -> list[Row]:

@@ -115,8 +115,8 @@ class TrainBatch:
     data_hash: str
     number: int  # of the batch in the lineage; part of the data order's seed
     lineage: Literal["continue", "fresh"] = "continue"
-    log: tuple[Example, ...] = ()  # what was learnt before, oldest first; of it `replayable` may be trained again
-    replayable: tuple[Example, ...] = ()
+    log: tuple[Example, ...] = ()  # what was learnt before, oldest first
+    replayable: tuple[int, ...] = ()  # places in `log` of what may be trained again
     line: tuple[str, ...] = ()  # the checkpoints that led here, newest first, back to the last reconsolidation
     reconsolidated: bool = False  # `examples` are the whole log: nothing of it is replayed
     max_steps: int | None = None  # None: training.max_steps

@@ -3,11 +3,19 @@
 import json
 
 import pytest
+import tiny
 from running import QUICK, running
 
-from radiance_mlx.config import load_config
-from radiance_mlx.engine.lasting import latest, still_true
+from radiance_mlx.config import Config, load_config
+from radiance_mlx.config.schema import RehearsalSection, ReplaySection
+from radiance_mlx.engine import backend
+from radiance_mlx.engine.lasting import Asked, Lasting, Lesson, latest
+from radiance_mlx.engine.model import load_base
+from radiance_mlx.engine.rewording import Wordings
 from radiance_mlx.errors import ConfigError
+from radiance_mlx.lora.encoding import ChatEncoder
+from radiance_mlx.lora.log import still_true
+from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.messages import Example
 from radiance_mlx.models.nano import world
 
@@ -135,8 +143,10 @@ def test_a_fact_that_is_changed_in_another_wording_is_not_replayed():
         return [pair(*words) for words in found]
 
     log = [pair("a", "1"), pair("b", "2"), Example(text="t"), pair("A", "3")]
-    assert latest(log, [], worded) == log[1:]
-    assert latest(log, [pair("a", "4")], worded) == [pair("b", "2"), Example(text="t")]
+    for new, places in (([], [1, 2, 3]), ([pair("a", "4")], [1, 2])):
+        found = []
+        tiny.drive(latest(log, new, worded, found))
+        assert found == places
 
 
 def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
@@ -191,3 +201,156 @@ def test_a_preset_is_below_the_keys_that_are_set_and_above_the_bases_own(tmp_pat
 def test_mlx_lms_own_loop_has_no_replay(tmp_path):
     with pytest.raises(ConfigError, match="slice_ms"):
         load_config(environ={}, home=tmp_path, flags={"training.slice_ms": 0, "replay.fraction": 0.5})
+
+
+# --- what is prepared, without a service ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def nano():
+    backend.select("cpu", Config().memory)
+    return load_base(Config(), cpu=True)
+
+
+REWORDING = RehearsalSection(rewording=True, samples=200, sample_tokens=40)
+NEAR = RehearsalSection(kl_weight=1.0, sources=["neighbours"], samples=8, sample_tokens=40, neighbours=2)
+
+
+def pair(question, answer):
+    return Example(messages=(("user", question), ("assistant", answer)))
+
+
+def asked_base(nano, home, **template_args):
+    targets = find_targets(nano.module, Config().lora.targets, Config().lora.num_layers)
+    return Asked(nano.module, nano.vocab_size, ChatEncoder(nano.tokenizer, template_args), targets, home, "k" * 16)
+
+
+def prepared(base, examples, rehearsal, *, fraction=0.0, log=(), replayable=(), max_tokens=256, **options):
+    """What comes of a lesson."""
+    lasting = Lasting(base, ReplaySection(fraction=fraction), rehearsal)
+    facts = {"checkpoint": "ckpt_000002", "number": 2, "line": (), "seed": 0, **options}
+    tiny.drive(
+        lasting.prepare(Lesson(examples=examples, log=log, replayable=replayable, max_tokens=max_tokens, **facts), ())
+    )
+    return lasting
+
+
+def texts(base, rows):
+    return [base.encoder.tokenizer.decode(list(row.tokens)) for row in rows]
+
+
+def test_a_base_without_wordings_rewords_nothing(nano):
+    """It is not asked, and no question has another wording."""
+    wordings = Wordings([], lambda word: 1)
+    pieces = wordings.ask(nano.module, ChatEncoder(nano.tokenizer), ["Where does Ada live?"], longest=64)
+    assert list(pieces) == []
+    wordings.recall({wordings.take_apart("Where does Ada live?")[0]: []})
+    assert wordings.others("Where does Ada live?") == []
+
+
+@pytest.mark.parametrize("reconsolidated", [False, True])
+def test_of_contradicting_wordings_the_later_one_is_reworded(tmp_path, nano, reconsolidated):
+    """No prompt gets two answers; what was posted stays, but in a reconsolidation it has been overwritten."""
+    base, name = asked_base(nano, tmp_path), PEOPLE[0][0]
+    posted = [pair(world.ask(name, "city", w), world.answer(name, "city", c)) for w, c in ((0, "Oslo"), (1, "Rome"))]
+    made = prepared(base, posted, REWORDING, reconsolidated=reconsolidated)
+    wanted = {2} | ({0} if reconsolidated else set())
+    assert made.kept == ([1] if reconsolidated else [0, 1])
+    assert {made.kept[origin] for origin in made.origins} == {1}
+    said = texts(base, made.examples)
+    assert len(said) == len(wanted)
+    assert all("Rome" in text for text in said)
+    assert {w for w in range(3) for text in said if world.ask(name, "city", w) in text} == wanted
+
+
+def test_an_answer_that_another_tag_overwrote_is_not_replayed(tmp_path, nano):
+    """The whole log tells what still holds; equal examples are told apart by their places."""
+    base = asked_base(nano, tmp_path)
+    log = [pair("a", "1"), pair("b", "2"), pair("a", "3"), pair("c", "4"), pair("c", "4")]
+    for replayable, answers in (((0, 1), ["2"]), ((1, 2), ["2", "3"]), ((3,), []), ((4,), ["4"])):
+        made = prepared(base, [pair("d", "5")], RehearsalSection(), fraction=0.5, log=log, replayable=replayable)
+        found = [nano.tokenizer.decode(list(row.tokens[row.offset :])) for row in made.replay.examples]
+        assert [text[0] for text in found] == answers
+
+
+def test_every_row_of_a_lesson_masks_its_prompt_or_none_does(tmp_path, nano):
+    """Replayed and reworded rows as the posted ones: by training.mask_prompt."""
+    base = asked_base(nano, tmp_path)
+    lesson = [pair(*facts(0)[0])]
+    for mask in (True, False):
+        log = [pair(*facts(1)[0])]
+        made = prepared(base, lesson, REWORDING, fraction=0.5, log=log, replayable=(0,), mask_prompt=mask)
+        assert made.examples
+        assert made.replay.examples
+        assert {row.offset > 0 for row in (*made.examples, *made.replay.examples)} == {mask}
+        assert len(made.rows(256)) == len(made.examples) + len(made.replay.examples)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_not_asked(tmp_path, nano):
+    """Neither as it is nor with names exchanged; a source without rows is told of. A long one that does is answered."""
+    base = asked_base(nano, tmp_path)
+    name = PEOPLE[0][0]
+    long = pair("Tell me. " * 20 + world.ask(name, "city"), "Oslo")
+    assert len(base.encoder.prompt(long.messages[:-1])) > NEAR.sample_tokens
+    made = prepared(base, [long], NEAR)
+    [source] = made.rehearsal.sources
+    assert made.notes == []
+    assert all(0 < row.row.targets <= NEAR.sample_tokens for row in source.rows)
+    made = prepared(base, [long, pair("Tell me. " * 20_000 + world.ask(name, "city"), "Oslo")], NEAR, max_tokens=80)
+    assert not made.rehearsal.active
+    assert any("neighbours" in note for note in made.notes)
+
+
+def test_what_the_base_said_is_asked_anew_when_it_is_asked_otherwise(tmp_path, nano):
+    """By other arguments of its chat template: its samples, its wordings and earlier neighbours."""
+    settings = RehearsalSection(**{**NEAR.model_dump(), "rewording": True})
+    lesson = [pair(*facts(0)[0])]
+    first = asked_base(nano, tmp_path)
+    prepared(first, lesson, settings, checkpoint="ckpt_000001")
+    files = [first.folder / "self" / "rehearsal.json", first.folder / "wordings.json"]
+    before = [file.read_bytes() for file in files]
+    assert first.near("ckpt_000001")
+    other = asked_base(nano, tmp_path, thinking=False)
+    assert other.near("ckpt_000001") == []
+    prepared(other, lesson, settings)
+    assert [a != b.read_bytes() for a, b in zip(before, files, strict=True)] == [True, True]
+    assert other.near("ckpt_000002")
+
+
+def test_what_cannot_be_kept_fails_nothing(tmp_path, nano):
+    """A file where the folder should be: the rows are the same, and nothing is kept."""
+    settings = RehearsalSection(**{**NEAR.model_dump(), "rewording": True})
+    lesson = [pair(*facts(0)[0])]
+    whole = prepared(asked_base(nano, tmp_path / "whole"), lesson, settings)
+    (tmp_path / "file").write_text("")
+    made = prepared(asked_base(nano, tmp_path / "file"), lesson, settings)
+    assert made.rows(256) == whole.rows(256)
+
+
+def test_neighbours_of_updates_that_did_not_lead_here_are_deleted(tmp_path, nano):
+    """So is what a crash left half written; a reconsolidation, which may be put aside, deletes no neighbours."""
+    base, lesson = asked_base(nano, tmp_path), [pair(*facts(0)[0])]
+    for number in (1, 2):
+        prepared(base, lesson, NEAR, checkpoint=f"ckpt_00000{number}", line=["ckpt_000001"][: number - 1])
+    for folder in (base.folder, base.folder / "near"):
+        (folder / ".unfinished-x").mkdir()
+    options = {"checkpoint": "ckpt_000003", "line": ["ckpt_000001"]}
+    prepared(base, lesson, NEAR, reconsolidated=True, **options)
+    assert {path.name for path in base.folder.iterdir()} == {"self", "near"}
+    assert {path.name for path in (base.folder / "near").iterdir()} == {f"ckpt_00000{i}" for i in (1, 2, 3)}
+    prepared(base, lesson, NEAR, **options)
+    assert {path.name for path in (base.folder / "near").iterdir()} == {"ckpt_000001", "ckpt_000003"}
+
+
+def test_a_job_whose_replayed_rows_do_not_fit_is_refused(tmp_path):
+    """Its own rows would; the estimate is of all that is trained, so it is refused before the first step."""
+    long = Example(text="It was a dark night. " * 400)
+    flags = {**SMALL, "training.max_seq_length": 2048, "replay.fraction": 0.5}
+    with running(tmp_path, flags) as service:
+        service.learn(long)
+        assert service.wait(service.post(*facts(0)), "published")
+    with running(tmp_path, {**flags, "memory.limit_gb": 0.1}) as service:
+        job = service.wait(service.post(*facts(1)), "failed")
+        assert job.error["code"] == "not_enough_memory"
+    with running(tmp_path, {**flags, "memory.limit_gb": 0.1, "replay.fraction": 0.0}) as service:
+        service.wait(service.post(*facts(2)), "published")

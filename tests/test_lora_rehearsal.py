@@ -16,7 +16,7 @@ from radiance_mlx.engine.speaking import answer, say_anything, speak, user_openi
 from radiance_mlx.errors import CheckpointDamaged
 from radiance_mlx.lora.encoding import ChatEncoder, Encoded
 from radiance_mlx.lora.head import install_head
-from radiance_mlx.lora.neighbours import mentions, names_in, neighbours
+from radiance_mlx.lora.neighbours import Names, RareWords, names_in, neighbours
 from radiance_mlx.lora.rehearsal import Rehearsal, Source, divergence, load_rows, save_rows, teacher
 from radiance_mlx.lora.replay import Replay
 from radiance_mlx.lora.trainer import Trainer
@@ -363,6 +363,35 @@ def test_a_base_without_a_template_begins_at_its_start_token(base):
     assert all(row.tokens[0] == end and row.offset == 1 and len(row.tokens) <= 12 for row in out)
 
 
+class Endless:
+    """A tokenizer that marks neither the beginning nor the end of a text."""
+
+    bos_token_id = eos_token_id = None
+
+    def __init__(self, tokenizer, ends):
+        self._tokenizer, self.eos_token_ids = tokenizer, ends
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("ends", [set(), {None}])
+def test_a_base_without_any_mark_says_nothing(base, ends):
+    """There is nothing to begin with: no rows, and no error."""
+    out = []
+    encoder = ChatEncoder(Endless(tiny.tokenizer(), ends))
+    tiny.drive(say_anything(base, encoder, count=5, max_tokens=12, seed=0, out=out))
+    assert out == []
+
+
+def test_an_answer_has_a_bound_of_its_own(base):
+    """Beside that of the row: a long prompt is answered as a short one is."""
+    out, prompts = [], tiny.prompts(30, 4)
+    tiny.drive(answer(base, ChatEncoder(tiny.tokenizer()), prompts, max_tokens=50, at_most=3, out=out))
+    assert [row.offset for row in out] == [30, 4]
+    assert all(1 <= row.targets <= 3 for row in out)
+
+
 # --- neighbours ----------------------------------------------------------------------------------
 
 
@@ -372,8 +401,13 @@ def letters(word):
 
 
 def near(text, each=8, **options):
-    made = neighbours([(("user", text),)], each=each, seed=(0, 1), count_tokens=letters, **options)
-    return [content for ((_, content),) in made]
+    return [content for ((_, content),) in near_all([(("user", text),)], each, **options)]
+
+
+def near_all(prompts, each, **options):
+    made = []
+    tiny.drive(neighbours(prompts, made, each=each, seed=(0, 1), count_tokens=letters, **options))
+    return made
 
 
 def test_neighbours_keep_the_wording_and_change_the_name():
@@ -414,7 +448,7 @@ def test_what_is_rare_is_found_in_the_text(text, begins, ends, name):
 def test_a_name_is_the_same_wherever_it_stands():
     """At a sentence's start too, once it has been seen elsewhere; all turns of a prompt get the same one."""
     prompt = (("user", "Ada works here. I like Ada."), ("assistant", "Who is Ada?"), ("user", "Ada is a pilot."))
-    for other in neighbours([prompt], each=4, seed=(0, 1), count_tokens=letters):
+    for other in near_all([prompt], 4):
         texts = [content for _, content in other]
         name = texts[0].split()[0]
         assert name != "Ada"
@@ -451,15 +485,55 @@ def test_no_neighbour_is_about_somebody_who_was_taught():
     taught = ["Where does Grace Hopper live?", "Where does Ada Hopper live?"]
     made = near("Where does Ada Lovelace live?", 30, avoid=taught)
     assert made
-    assert not any(mentions(text, ["Grace Hopper", "Ada Hopper"]) for text in made)
+    assert not any(Names(["Grace Hopper", "Ada Hopper"]).occur_in(text) for text in made)
     assert near("What is the time?") == []
 
 
 def test_names_of_texts():
     """All of them, and whether a text mentions one."""
-    assert names_in(["Where does Ada Lovelace live?", "Is it Bob?"], letters) == {"Ada Lovelace", "Bob"}
-    assert mentions("ada lovelace lives in Lisbon", {"Ada Lovelace"})
-    assert not mentions("Ada lives in Lisbon", {"Ada Lovelace"})
+    names = Names()
+    tiny.drive(names_in(["Where does Ada Lovelace live?", "Is it Bob?"], letters, names))
+    assert names.all == {"Ada Lovelace", "Bob"}
+    assert names.occur_in("ada lovelace lives in Lisbon")
+    assert not names.occur_in("Ada lives in Lisbon")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "occurs"),
+    [
+        ("Ann", "We are planning.", False),
+        ("Ann", "It is ANN's plan.", True),
+        ("7", "There are 7 of them.", False),
+        ("12", "There are 12 of them.", True),
+        ("12", "There are 120 of them.", False),
+        ("Ada Lovelace", "Lovelace, Ada", False),
+        ("Jean-Luc Bo", "I met jean-luc Bo.", True),
+        ("J. Smith", "What did J. Smith say?", True),
+    ],
+)
+def test_a_name_is_looked_for_in_whole_words(name, text, occurs):
+    """Not within other words; the words of one name in their order; a single character is no name."""
+    assert Names(["Zoe", name]).occur_in(text) == occurs
+
+
+def test_a_long_log_is_read_in_pieces():
+    """Between two of them others have their turn: none reads more than a bounded part of the log."""
+    log = [f"Where does {a} {b} live, {i}?" for i in range(20) for a in ("Ada", "Bo", "Cy") for b in ("Fox", "Gil")]
+    rare, prompts = RareWords(log, letters), [(("user", f"Where does Di {last} live?"),) for last in ("Ivy", "Joy")]
+    few = list(rare.read(log))
+    assert len(list(rare.read(log * 100))) >= 99 * len(few) + 10
+    made = []
+    pieces = list(neighbours(prompts, made, each=40, seed=(0, 1), count_tokens=letters, avoid=log * 10))
+    assert made
+    assert len(pieces) > 4
+    assert all(piece.barrier and not piece.arrays for piece in pieces)
+
+
+def test_where_a_sentence_begins_is_told_in_a_long_text_too():
+    """By what stands right before, with any space between."""
+    long = "so it goes on, " * 50
+    for end, is_name in ((".   ", False), (" J. ", True), ("!\n", False), ("\n  ", False), (" with ", True)):
+        assert ("Mara" in " ".join(RareWords([long + end + "Mara"], letters).names(long + end + "Mara"))) == is_name
 
 
 def test_nano_refuses_the_neighbours_of_a_stranger(nano):

@@ -41,6 +41,7 @@ class Wordings:
         known = Counter(name for wording, name in taken if wording in self.own)
         self.names = [name for name, _ in known.most_common(NAMES)]
         self._answers: dict[str, tuple[str, ...]] = {}
+        self._others: dict[str, list[str]] = {}
 
     @property
     def answers(self) -> dict[str, list[str]]:
@@ -49,21 +50,37 @@ class Wordings:
 
     def recall(self, answers: Mapping[str, Sequence[str]]) -> None:
         """Put back what `answers` gave, of the same base and questions."""
-        self._answers.update({wording: tuple(given) for wording, given in answers.items()})
+        whole = {wording: tuple(given) for wording, given in answers.items() if len(given) == len(self.names)}
+        self._answers.update(whole)
+        self._others.clear()
 
     def take_apart(self, question: str) -> tuple[str, str] | None:
         """(wording, name) of a question about one name."""
         return _taken_apart(question, RareWords([question], self._count_tokens))
 
     def ask(
-        self, model: nn.Module, encoder: ChatEncoder, questions: Sequence[str], *, max_tokens: int = 128
+        self, model: nn.Module, encoder: ChatEncoder, questions: Sequence[str], *, longest: int, max_tokens: int = 128
     ) -> Iterator[Piece]:
-        """Let the base answer its own wordings, and those of `questions`, about every name; then `others` can tell."""
-        taken = [self.take_apart(question) for question in questions]
-        wordings = dict.fromkeys([*self.own, *(found[0] for found in taken if found)])
-        new = [wording for wording in wordings if wording not in self._answers]
+        """Let the base answer its own wordings, and those of `questions`, about every name; then `others` can tell.
+
+        Nothing is asked where there are no names, nor a wording that makes a prompt of more than `longest` tokens.
+        """
+        if not self.names:
+            return
+        wordings = dict.fromkeys(self.own)
+        for question in questions:
+            if encoder.at_least((("user", question),)) <= longest and (found := self.take_apart(question)):
+                wordings[found[0]] = None
+            yield Piece([], barrier=True)
+        new: list[str] = []
+        prompts: list[list[int]] = []
+        for wording in (wording for wording in wordings if wording not in self._answers):
+            filled = [encoder.prompt((("user", wording.replace(_NAME, name)),)) for name in self.names]
+            if max(map(len, filled)) <= longest:
+                new.append(wording)
+                prompts += filled
+            yield Piece([], barrier=True)
         asked = [(wording, name) for wording in new for name in self.names]
-        prompts = [encoder.prompt((("user", wording.replace(_NAME, name)),)) for wording, name in asked]
         if any(len(prompt) >= max_tokens for prompt in prompts):
             max_tokens += max(map(len, prompts))
         said: list[Encoded] = []
@@ -72,6 +89,7 @@ class Wordings:
         answers = [text.replace(name, _NAME) for text, (_, name) in zip(texts, asked, strict=True)]
         for i, wording in enumerate(new):
             self._answers[wording] = tuple(answers[i * len(self.names) : (i + 1) * len(self.names)])
+        self._others.clear()
 
     def others(self, question: str) -> list[str]:
         """The question in the base's own other wordings; empty where it has none (or has not been asked).
@@ -79,11 +97,18 @@ class Wordings:
         What it answers to most names alike (that it does not know, say) tells nothing. Of the other answers there
         must be `TELLING` different ones, and a wording that is the same question gets nearly all of them too.
         """
+        if question not in self._others:
+            self._others[question] = self._find_others(question)
+        return self._others[question]
+
+    def _find_others(self, question: str) -> list[str]:
         found = self.take_apart(question)
-        if found is None or found[0] not in self._answers:
+        if found is None:
             return []
         wording, name = found
-        mine = self._answers[wording]
+        mine = self._answers.get(wording)
+        if not mine:
+            return []
         usual = Counter(mine).most_common(1)[0][0]
         places = [i for i, text in enumerate(mine) if text != usual]
         if len({mine[i] for i in places}) < TELLING:
@@ -91,7 +116,9 @@ class Wordings:
         return [
             other.replace(_NAME, name)
             for other in self.own
-            if other != wording and sum(self._answers[other][i] == mine[i] for i in places) >= 0.9 * len(places)
+            if other != wording
+            and (theirs := self._answers.get(other))
+            and sum(theirs[i] == mine[i] for i in places) >= 0.9 * len(places)
         ]
 
 

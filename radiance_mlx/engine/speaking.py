@@ -40,25 +40,29 @@ def speak(
     ends: Iterable[int],
     max_tokens: int,
     out: list[list[int]],
+    at_most: int | None = None,
     seed: int | None = None,
 ) -> Iterator[Piece]:
     """Append to `out`, for each prompt in order, the tokens that follow it, the end token among them.
 
     Greedy without a `seed`; with one, drawn at temperature 1, the same for the same prompts and seed. A sequence
-    ends at one of `ends`, or when it is `max_tokens` long together with its prompt (which must be shorter).
+    ends at one of `ends`, or when it is `max_tokens` long together with its prompt (which must be shorter), or
+    `at_most` without.
     """
+    if not prompts:
+        return
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     options: dict[str, Any] = {"sampler": _Draw(seed)} if seed is not None else {}
     generator = JoiningGenerator(
         model,
-        stop_tokens=[[end] for end in sorted(set(ends))],
+        stop_tokens=[[end] for end in sorted(set(ends) - {None})],
         completion_batch_size=TOGETHER,
         prefill_batch_size=TOGETHER,
         stream=mx.default_stream(mx.default_device()),
         **options,
     )
     try:
-        rooms = [max_tokens - len(prompts[i]) for i in order]
+        rooms = [min(max_tokens - len(prompts[i]), at_most or max_tokens) for i in order]
         uids = generator.insert([list(prompts[i]) for i in order], max_tokens=rooms)
         said: dict[int, list[int]] = {uid: [] for uid in uids}
         left = len(uids)
@@ -74,15 +78,22 @@ def speak(
 
 
 def answer(
-    model: nn.Module, encoder: ChatEncoder, prompts: Sequence[Sequence[int]], *, max_tokens: int, out: list[Encoded]
+    model: nn.Module,
+    encoder: ChatEncoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    out: list[Encoded],
+    at_most: int | None = None,
 ) -> Iterator[Piece]:
     """Append to `out` each prompt with the greedy answer to it; the answer's tokens are the targets.
 
-    A row is at most `max_tokens` long; prompts that leave no room for an answer are left out.
+    A row is at most `max_tokens` long, and its answer `at_most`; prompts that leave no room for one are left out.
     """
     fitting = [p for p in prompts if len(p) < max_tokens]
     said: list[list[int]] = []
-    yield from speak(model, fitting, ends=encoder.tokenizer.eos_token_ids, max_tokens=max_tokens, out=said)
+    ends = encoder.tokenizer.eos_token_ids
+    yield from speak(model, fitting, ends=ends, max_tokens=max_tokens, out=said, at_most=at_most)
     out.extend(Encoded((*prompt, *tokens), len(prompt)) for prompt, tokens in zip(fitting, said, strict=True))
 
 
@@ -93,7 +104,8 @@ def say_anything(
 
     It is given the opening of a user's turn and writes the question, then is asked that question and writes the
     answer (Xu et al., Magpie, 2406.08464); questions without an end or without text are left out. Where most are,
-    or there is no chat template, it goes on from its own start token. Every drawn token counts.
+    or there is no chat template, it goes on from its own start token; a base that has none either says nothing.
+    Every drawn token counts.
     """
     ends = encoder.tokenizer.eos_token_ids
     opening = user_opening(encoder)
@@ -104,7 +116,7 @@ def say_anything(
         prompts = [p for p in (_as_prompt(encoder, tokens) for tokens in asked) if 0 < len(p) < max_tokens]
     if 2 * len(prompts) < count:
         start = _start(encoder)
-        opening, prompts = start, [start] * count if len(start) < max_tokens else []
+        opening, prompts = start, [start] * count if 0 < len(start) < max_tokens else []
     said: list[list[int]] = []
     yield from speak(model, prompts, ends=ends, max_tokens=max_tokens, out=said, seed=2 * seed + 1)
     out.extend(Encoded((*prompt, *tokens), len(opening)) for prompt, tokens in zip(prompts, said, strict=True))
@@ -133,7 +145,7 @@ def _as_prompt(encoder: ChatEncoder, tokens: Sequence[int]) -> list[int]:
 
 
 def _start(encoder: ChatEncoder) -> list[int]:
-    """The token that a text begins with: the tokenizer's own, else the one that ends the text before it."""
+    """The token that a text begins with: the tokenizer's own, else one that ends the text before it; else none."""
     tokenizer = encoder.tokenizer
-    candidates = itertools.chain([tokenizer.bos_token_id], sorted(tokenizer.eos_token_ids))
-    return [next(token for token in candidates if token is not None)]
+    candidates = [tokenizer.bos_token_id, *sorted(set(tokenizer.eos_token_ids) - {None})]
+    return [token for token in candidates if token is not None][:1]

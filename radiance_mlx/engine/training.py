@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,14 @@ class TrainingTask:
                 f"{len(cut)} of {len(self._examples)} examples were longer than {room} tokens and were cut "
                 f"(the longest by {max(e.cut for e in cut)} or more); see training.max_seq_length"
             )
-        self._preflight(self._bank_bytes)
+        self._preflight(self._examples)
         mx.reset_peak_memory()
         yield Piece([], barrier=True)
         if self._lasting:
             yield from self._lasting.prepare(self._lesson(), self._rehearsed_anchors)
+            self._notes += self._lasting.notes
+            self._examples = [self._examples[i] for i in self._lasting.kept]
+            self._preflight([*self._examples, *self._lasting.rows(room)])
         self._prepared = self._prepare()
         yield Piece([], barrier=True)
 
@@ -126,17 +129,19 @@ class TrainingTask:
             line=batch.line,
             seed=self._settings.seed,
             max_tokens=self._settings.max_seq_length,
+            mask_prompt=self._settings.mask_prompt,
+            reconsolidated=batch.reconsolidated,
         )
 
-    def _preflight(self, bank_bytes: int) -> None:
+    def _preflight(self, rows: Sequence[Encoded]) -> None:
         needed = memory.estimate(
             self._base.module,
             self._targets,
-            self._examples,
+            rows,
             self._settings,
             rank=self._config.lora.r,
             vocab_size=self._base.vocab_size,
-            bank_bytes=bank_bytes,
+            bank_bytes=self._bank_bytes,
             head_on_targets=self._head_on_targets,
             dropout=self._config.lora.dropout,
         )

@@ -33,7 +33,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, template_args: dict[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
-        self._args = dict(template_args or {})
+        self.template_args = dict(template_args or {})
         self._longest = max(map(len, tokenizer.get_vocab()))
 
     def at_least(self, messages: Messages) -> int:
@@ -94,7 +94,7 @@ class ChatEncoder:
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **self._args
+                chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **self.template_args
             )
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             raise InvalidRequest(
