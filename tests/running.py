@@ -148,12 +148,14 @@ class Running:
         assert job.checkpoint is not None
         return job.checkpoint
 
-    def wait_for_step(self, step: int = 1) -> str:
-        """The id of the checkpoint that trains, once `step` optimizer steps are done."""
+    def wait_for_step(self, step: int = 1, job_id: str | None = None) -> str:
+        """The id of the checkpoint that trains (of `job_id`: the one before may still be there), at `step`."""
 
         def far_enough() -> str | None:
             running = self.service._scheduler.running
-            return running.checkpoint if running and running.progress and running.progress.step >= step else None
+            if not running or (job_id and job_id not in running.jobs):
+                return None
+            return running.checkpoint if running.progress and running.progress.step >= step else None
 
         return until(far_enough, f"step {step}")
 

@@ -153,7 +153,8 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
     """With replay, rehearsal and rewording: what was prepared is prepared again, the same."""
     flags = {
         **SMALL,
-        "training.max_steps": 300,  # enough to be met in the middle
+        "training.max_steps": 60,
+        "rehearsal.rows": 2,
         "replay.fraction": 0.5,
         "rehearsal.kl_weight": 1.0,
         "rehearsal.rewording": True,
@@ -163,8 +164,7 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
         whole = weights(service, second)
     with running(tmp_path / "cut", flags) as service:
         taught(service, 0)
-        service.post(*facts(1))
-        service.wait_for_step(10)
+        service.wait_for_step(10, service.post(*facts(1)))
     with running(tmp_path / "cut", flags) as service:
         job = service.wait("job_000002", "published")
         assert any("taken up again" in note for note in job.notes)
