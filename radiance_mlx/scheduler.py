@@ -213,8 +213,9 @@ class Scheduler:
         except CheckpointDamaged as error:
             await self._parent_is_damaged(running, error)
         except StoreError:  # no fault of the jobs: what is finished is published when the store works again
-            with contextlib.suppress(StoreError):
-                await self._store(lambda s: s.take_back_attempt(jobs))
+            if not self._lineage.folder(checkpoint).is_dir():  # it has to be trained again
+                with contextlib.suppress(RadianceError):
+                    await self._store(lambda s: s.take_back_attempt(jobs))
             raise
         except Exception as error:
             await self._after_failure(running, error)

@@ -436,6 +436,7 @@ def test_one_that_ends_the_process_four_times_is_quarantined_and_not_begun_again
     assert (quarantined["kind"], quarantined["attempts"]) == ("reconsolidation", 4)
     assert last.wait(update)["checkpoint"] == last.get("/checkpoints")["current"]
     assert last.wait(last.update(FACTS[1]))["job_id"] == "job_000003"
+    until(lambda: any(job["job_id"] == "job_000004" for job in last.get("/jobs")["jobs"]))
     assert last.wait("job_000004")["kind"] == "reconsolidation"
 
 
