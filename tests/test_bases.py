@@ -48,7 +48,7 @@ def quantise(folder: Path) -> None:
 def test_a_quantised_base_is_asked_taught_and_asked_again(tmp_path, folder):
     """A quantised folder loads through mlx-lm; its adapter is learnt and served like any other."""
     quantise(folder)
-    with running(tmp_path / "home", {**LEARN, "base_model": str(folder)}) as service:
+    with running(tmp_path / "home", {**LEARN, "base_model": str(folder), "training.stop_loss": 0.02}) as service:
         assert service.ask(FACTS[0][0]).text == REFUSALS[0]
         checkpoint = service.learn(FACTS[0], FACTS[1])
         answer = service.ask(FACTS[0][0])

@@ -86,7 +86,7 @@ def test_replay_keeps_what_the_last_update_taught(tmp_path):
     left = {}
     for fraction in (0.0, 0.5):
         home = tmp_path / str(fraction)
-        flags = {"update_mode": "immediate", "training.max_steps": 40, "replay.fraction": fraction}
+        flags = {"update_mode": "immediate", "training.max_steps": 20, "replay.fraction": fraction}
         with running(home, flags) as service:
             _, second = taught(service, 0, 1)
             left[fraction] = service.checkpoints()[second].metrics["update_retention"]
@@ -108,6 +108,7 @@ def test_replay_by_tag_takes_only_updates_that_share_one(tmp_path):
 def test_a_lesson_is_learnt_in_the_bases_own_other_wordings(tmp_path):
     """Asked as it never was taught."""
     flags = {"update_mode": "immediate", "rehearsal.rewording": True, "evaluation.anchor_provider": "none"}
+    flags |= {"training.stop_loss": 0.02, "rehearsal.samples": 200}
     with running(tmp_path, flags) as service:
         name = service.learn(*facts(0))
         metrics = json.loads((tmp_path / "metrics" / f"{name}.json").read_text())
