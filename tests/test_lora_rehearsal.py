@@ -14,12 +14,17 @@ from radiance_mlx.engine import backend
 from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.speaking import answer, say_anything, speak, user_opening
 from radiance_mlx.errors import CheckpointDamaged
+from radiance_mlx.lora.distributions import kl, log_softmax
 from radiance_mlx.lora.encoding import ChatEncoder, Encoded
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.neighbours import Names, RareWords, names_in, neighbours
-from radiance_mlx.lora.rehearsal import Rehearsal, Source, divergence, load_rows, save_rows, teacher
+from radiance_mlx.lora.rehearsal import Rehearsal, Source, load_rows, save_rows, teacher
 from radiance_mlx.lora.replay import Replay
 from radiance_mlx.lora.trainer import Trainer
+
+
+def divergence(logits, ids, logprobs, tail):
+    return kl(ids, logprobs, tail, log_softmax(logits))
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
-from ..lora.batches import batches_once, target_positions
+from ..lora.batches import batches_once
 from ..lora.encoding import Encoded
 from ..lora.head import TargetRows
-from ..lora.step import Piece
+from ..lora.step import Piece, noted, quiet_logits
 from ..lora.tree import TrainingTree
 from .divergence import TOP_K, Reference, agreement, kl, log_softmax, reference
 
@@ -94,11 +94,8 @@ def measure(
         rows = documents.rows(group)
         encoded = [documents.encoded[i] for i in group]
         [batch] = batches_once(encoded, batch_size=len(group), max_tokens=max(len(e.tokens) for e in encoded))
-        positions, targets = target_positions(batch)
-        logits, outputs = _forward(tree, head, batch[0][:, :-1], mx.array(positions))
-        for i in range(len(outputs)):
-            piece, outputs[i] = Piece([outputs[i]]), mx.array(0)  # what has been evaluated must not be held
-            yield piece
+        logits, targets = quiet_logits(tree, head, batch)
+        yield from noted(tree)
         logprobs = log_softmax(logits)
         found = reference(logprobs, mx.array(targets), k)
         compared = {name: _compared(ref, mx.array(rows), logprobs) for name, ref in against.items()}
@@ -112,27 +109,6 @@ def measure(
     if keep:
         out.own = Reference(**{name: mx.array(array) for name, array in kept.items()})
         yield Piece(list(out.own.arrays().values()), barrier=True)
-
-
-def _forward(
-    tree: TrainingTree, head: TargetRows | None, tokens: mx.array, positions: mx.array
-) -> tuple[mx.array, list[mx.array]]:
-    """Logits (n, V) at flat `positions` of `tokens` (rows, length), and where the graph may be cut."""
-    tree.module.eval()
-    try:
-        with tree.forward(mx.random.key(0)):
-            if head is None:
-                full = tree.module(tokens)
-                logits = full.reshape(-1, full.shape[-1])[positions]
-            else:
-                head.positions = positions
-                logits = tree.module(tokens)[0]
-    finally:
-        if head is not None:
-            head.positions = None
-        tree.module.train()
-    outputs, tree.tape.outputs = tree.tape.outputs, []
-    return logits, outputs
 
 
 def _compared(ref: Reference, rows: mx.array, logprobs: mx.array) -> tuple[mx.array, mx.array]:

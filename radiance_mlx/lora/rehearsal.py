@@ -24,16 +24,15 @@ import numpy as np
 
 from ..errors import CheckpointDamaged
 from .batches import batches_once, turns
+from .distributions import kl, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
-from .step import Piece, target_logits
+from .step import Piece, noted, quiet_logits, target_logits
 from .tree import TrainingTree
 
 #: likeliest next tokens of which the probability is kept
 TOP = 64
-#: log-probabilities are not told apart below this, so that what is impossible to both costs nothing
-_LEAST = -80.0
 #: tells this order from the others that are drawn from the same (seed, batch number)
 _ROWS = 4
 ROWS_FILE, ARRAYS_FILE = "rehearsal.json", "rehearsal.safetensors"
@@ -86,28 +85,12 @@ def teacher(
         places = order[start : start + batch_size]
         chunk = [rows[i] for i in places]
         (batch,) = batches_once(chunk, batch_size=len(chunk), max_tokens=max(len(row.tokens) for row in chunk))
-        tree.module.eval()
-        try:
-            with tree.forward(mx.random.key(0)):
-                logits, _ = target_logits(tree.module, head, batch)
-                kept = _kept(logits, top)
-        finally:
-            tree.module.train()
-        outputs, tree.tape.outputs = tree.tape.outputs, []
-        for i in range(len(outputs)):
-            piece, outputs[i] = Piece([outputs[i]]), mx.array(0)  # evaluated outputs must not be held
-            yield piece
+        logits, _ = quiet_logits(tree, head, batch)
+        kept = likeliest(log_softmax(logits), top)
+        yield from noted(tree)
         yield Piece(list(kept), barrier=True)
         made.update(zip(places, _split(chunk, *map(np.array, kept)), strict=True))
     out.extend(made[i] for i in range(len(rows)))
-
-
-def _kept(logits: mx.array, top: int) -> tuple[mx.array, mx.array, mx.array]:
-    """(ids, logprobs, tail) of (n, vocabulary) logits."""
-    logprobs = _log_softmax(logits)
-    top = min(top, logits.shape[-1])
-    ids = mx.argpartition(-logprobs, top - 1, axis=-1)[:, :top].astype(mx.int32)
-    return ids, mx.maximum(mx.take_along_axis(logprobs, ids, axis=-1), _LEAST), _rest(logprobs, ids)
 
 
 def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> Iterator[Rehearsed]:
@@ -119,29 +102,6 @@ def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail:
 
 
 # --- the loss ----------------------------------------------------------------------------------------
-
-
-def divergence(logits: mx.array, ids: mx.array, logprobs: mx.array, tail: mx.array) -> mx.array:
-    """KL(kept ‖ now) in nats for each of n targets, from logits (n, vocabulary) and what `Rehearsed` holds."""
-    now = _log_softmax(logits)
-    there = mx.maximum(mx.take_along_axis(now, ids, axis=-1), _LEAST)
-    inside = (mx.exp(logprobs) * (logprobs - there)).sum(axis=-1)
-    if ids.shape[-1] >= logits.shape[-1]:
-        return inside
-    return inside + mx.exp(tail) * (tail - _rest(now, ids))
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _rest(logprobs: mx.array, ids: mx.array) -> mx.array:
-    """(n,) log-probability of all tokens but `ids`; summed up from theirs, since 1 - Σ has no digits left near 0."""
-    if ids.shape[-1] >= logprobs.shape[-1]:
-        return mx.full(ids.shape[:1], _LEAST)
-    without = mx.put_along_axis(mx.zeros(logprobs.shape), ids, mx.array(-mx.inf), axis=-1)
-    return mx.maximum(mx.logsumexp(logprobs + without, axis=-1), _LEAST)
 
 
 class RehearsalLoss:
@@ -163,7 +123,7 @@ class RehearsalLoss:
     ) -> tuple[mx.array, int]:
         """(`kl_weight` · Σ KL / `of`, number of targets): a step's micro-batches add up to its weighted mean."""
         logits, targets = target_logits(module, self._head, (tokens, spans))
-        return self._weight * divergence(logits, ids, logprobs, tail).sum() / of, len(targets)
+        return self._weight * kl(ids, logprobs, tail, log_softmax(logits)).sum() / of, len(targets)
 
 
 # --- the rows of each step ---------------------------------------------------------------------------

@@ -55,6 +55,24 @@ def target_logits(module: nn.Module, head: TargetRows | None, batch: Batch) -> t
         head.positions = None
 
 
+def quiet_logits(tree: TrainingTree, head: TargetRows | None, batch: Batch) -> tuple[mx.array, np.ndarray]:
+    """`target_logits` of a tree without dropout; `noted` then gives where the graph may be cut."""
+    tree.module.eval()
+    try:
+        with tree.forward(mx.random.key(0)):
+            return target_logits(tree.module, head, batch)
+    finally:
+        tree.module.train()
+
+
+def noted(tree: TrainingTree) -> Iterator[Piece]:
+    """The outputs that the last forward pass has noted, one at a time: evaluated ones must not be held."""
+    outputs, tree.tape.outputs = tree.tape.outputs, []
+    for i in range(len(outputs)):
+        piece, outputs[i] = Piece([outputs[i]]), mx.array(0)
+        yield piece
+
+
 class LossFunction:
     """mlx-lm's `default_loss`, or the same over target rows only where the head allows it."""
 

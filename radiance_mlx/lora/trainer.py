@@ -26,7 +26,7 @@ from .holdout import Best, Holdout
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
 from .rehearsal import Rehearsal, RehearsalBatch, RehearsalLoss
 from .replay import Replay, replay_stream
-from .step import LossFunction, MicroBatch, MicroBatchResult, Piece, add_grads, unflatten
+from .step import LossFunction, MicroBatch, MicroBatchResult, Piece, add_grads, noted, unflatten
 from .tree import TrainingTree
 
 
@@ -346,10 +346,7 @@ class Trainer:
                     loss, tokens = self._loss(self.tree.module, *batch)
             finally:
                 self.tree.module.train()
-            outputs, self.tree.tape.outputs = self.tree.tape.outputs, []
-            for i in range(len(outputs)):
-                piece, outputs[i] = Piece([outputs[i]]), mx.array(0)
-                yield piece
+            yield from noted(self.tree)
             yield Piece([loss], barrier=True)
             weight = int(tokens)
             total, count = total + loss.item() * weight, count + weight
