@@ -240,10 +240,10 @@ def test_the_largest_strength_that_passes_is_published(home):
 
 def test_going_on_after_an_interruption_keeps_what_the_loss_was_before(home):
     """The examples' loss before the update is that of the parent, not of the interrupted training."""
-    settings = {**LOCAL, "training.max_steps": 200}
+    settings = {**LOCAL, "training.max_steps": 80}
     with running(home, settings) as service:
         service.post(FACTS[0])
-        service.wait_for_step(20)
+        service.wait_for_step(5)
     with running(home, settings) as service:
         job = service.wait("job_000001", "published")
         assert any("taken up again" in note for note in job.notes)

@@ -114,13 +114,13 @@ def test_an_interrupted_first_phase_goes_on_bit_by_bit(tmp_path):
         "training.max_steps": 1000,
         "training.lr": 1e-3,
         "training.eval_every": 1,
-        "training.patience": 120,  # enough to be met in the middle
+        "training.patience": 60,  # enough to be met in the middle
         "training.eval_holdout": True,
     }
     with running(tmp_path / "whole", flags) as service:
         job = service.wait(service.post(*FACTS[:4]), "published")
         whole, notes = weights(service, job.checkpoint), job.notes
-    assert any("has not improved for 120" in note for note in notes)
+    assert any("has not improved for 60" in note for note in notes)
     with running(tmp_path / "cut", flags) as service:
         service.post(*FACTS[:4])
         checkpoint = service.wait_for_step(10)

@@ -1,6 +1,7 @@
 """The switches that make a stream of updates keep its earlier lessons, through the service itself."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -87,7 +88,8 @@ def test_replay_keeps_what_the_last_update_taught(tmp_path):
     for fraction in (0.0, 0.5):
         home = tmp_path / str(fraction)
         flags = {"update_mode": "immediate", "training.max_steps": 20, "replay.fraction": fraction}
-        with running(home, flags) as service:
+        with running(home, flags, evaluation__anchor_provider="local") as service:
+            (home / "data" / "anchors" / "a.jsonl").write_text(json.dumps({"text": "The weather is fine today."}))
             _, second = taught(service, 0, 1)
             left[fraction] = service.checkpoints()[second].metrics["update_retention"]
     assert left[0.5] > left[0.0]
@@ -154,18 +156,20 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
     """With replay, rehearsal and rewording: what was prepared is prepared again, the same."""
     flags = {
         **SMALL,
-        "training.max_steps": 60,
+        "training.max_steps": 30,
         "rehearsal.rows": 2,
         "replay.fraction": 0.5,
         "rehearsal.kl_weight": 1.0,
         "rehearsal.rewording": True,
     }
+    with running(tmp_path / "whole", flags, training__max_steps=2) as service:
+        taught(service, 0)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     with running(tmp_path / "whole", flags) as service:
-        _, second = taught(service, 0, 1)
+        [second] = taught(service, 1)
         whole = weights(service, second)
     with running(tmp_path / "cut", flags) as service:
-        taught(service, 0)
-        service.wait_for_step(10, service.post(*facts(1)))
+        service.wait_for_step(3, service.post(*facts(1)))
     with running(tmp_path / "cut", flags) as service:
         job = service.wait("job_000002", "published")
         assert any("taken up again" in note for note in job.notes)

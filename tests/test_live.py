@@ -1,13 +1,13 @@
 """Answers while a batch is prepared, trained and committed."""
 
-from running import FACTS, running, until
+from running import FACTS, QUICK, running, until
 
 from radiance_mlx.messages import FINAL_STATES
 
 
 def test_live_answers_lead_from_the_old_checkpoint_to_the_new_and_never_back(tmp_path):
     """From the first step on the coming checkpoint answers, also while it is being committed, then as stable."""
-    flags = {"update_mode": "immediate", "training.max_steps": 25}
+    flags = {**QUICK, "training.batch_size": 8, "training.max_steps": 25}
     with running(tmp_path, flags) as service:
         job = service.post(FACTS[0])
         seen = []
@@ -29,7 +29,7 @@ def test_searches_are_answered_while_a_large_batch_is_prepared(tmp_path):
     """Encoding thousands of examples is cut into slices like training itself."""
     flags = {"update_mode": "immediate", "training.max_steps": 2, "training.eval_every": 0, "training.stop_loss": 100}
     with running(tmp_path, flags) as service:
-        job = service.post(*[(f"{question} {i}", answer) for i, (question, answer) in enumerate(FACTS * 60)])
+        job = service.post(*[(f"{question} {i}", answer) for i, (question, answer) in enumerate(FACTS * 25)])
         task = until(lambda: service.engine(lambda engine: engine._task), "a task")
         answered = 0
         while not task.alive:

@@ -244,10 +244,11 @@ def test_what_waits_for_company_does_not_stop_it_before_it_is_due(home, clock):
         later(service, clock, 1)
         rested(service, "cancelled")
         service.wait(update, "training")
-    with running(home, {**REST, **batched, "batch.max_age_minutes": 300}, clock=clock) as service:
+    patient = {"batch.max_age_minutes": 300, "reconsolidate.idle_minutes": 60}  # longer than `update` is old by now
+    with running(home, {**REST, **batched, **patient}, clock=clock) as service:
         service.wait(update, "published")
         waiting = service.post(FACTS[3])
-        later(service, clock, 20)
+        later(service, clock, 100)
         until(lambda: not service.service._scheduler._wake.is_set())
         assert wait_s(service) == 0
         assert service.job(waiting).state == "queued"
