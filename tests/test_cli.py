@@ -486,6 +486,15 @@ def test_what_the_service_refuses_of_what_was_typed_exits_with_2(call: Call, wor
     assert call("jobs", "--limit", "1")[1]["jobs"] == before
 
 
+def test_a_text_that_is_too_long_is_no_warning_in_the_log(call: Call) -> None:
+    """It is refused, which is told to who asked; transformers' own words about it are none of the log's."""
+    code, body = call("search", "Who? " * 600)
+    assert (code, body["error"]["code"]) == (output.FAILED, "prompt_too_long")
+    log = (Path(call("info")[1]["home"]) / demo_service.LOG).read_text()
+    assert "ready" in log
+    assert "Token indices" not in log
+
+
 def test_tables_show_what_is_there(call: Call, service: str, capsys: pytest.CaptureFixture[str]) -> None:
     current = call("info")[1]["current_checkpoint"]
     for command in ("info", "jobs", "checkpoints", "jobs job_000001"):

@@ -1,7 +1,9 @@
 """The HTTP contract, over a real port: shapes of answers, errors, who is let in, and the description of it all."""
 
 import asyncio
+import errno
 import json
+import logging
 import re
 import socket
 from dataclasses import replace
@@ -403,6 +405,23 @@ def test_tracebacks_in_the_log_show_no_variables(capsys):
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said
     assert "what a user asked" not in said
+
+
+def test_the_log_is_spared_one_remark_of_transformers_and_no_other():
+    """On texts that are too long, which are cut or refused with words of our own."""
+    said = []
+    catch = logging.Handler()
+    catch.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(catch)
+    _configure_logging("info")
+    try:
+        logger.warning("Token indices sequence length is longer than the specified maximum sequence length (9 > 8).")
+        logger.warning("something else")
+    finally:
+        structlog.reset_defaults()
+        logger.removeHandler(catch)
+    assert said == ["something else"]
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://good.example", ""])
