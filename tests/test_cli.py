@@ -204,6 +204,8 @@ def test_the_demo_promises_no_curve_that_is_not_measured() -> None:
         ("jobs --wait", 2),
         ("run --set lora.rank=8", 2),
         ("run --config no-such-file.yaml", 2),
+        ("run --base-model ./no-such-folder", 2),
+        ("run --base-model no/such/folder", 2),
         ("demo --name", 2),
         ("run --set server.token=2026-13-45", 2),
         ("run --set serving.adapter_slots=1000000000", 2),

@@ -213,8 +213,9 @@ def test_what_keeps_it_from_starting_is_one_clear_error(start, tmp_path):
         port = taken.getsockname()[1]
         said = refusal(start(**{"server.port": port}, home=tmp_path / "port"))
         assert f"Cannot listen on 127.0.0.1:{port}" in said
-    said = refusal(start(base_model=str(tmp_path), home=tmp_path / "model"))
-    assert "config.json" in said
+    process = start(base_model=str(tmp_path), home=tmp_path / "model")
+    assert "config.json" in refusal(process)
+    assert process.exit_code() == 2  # it is the configuration that is wrong
     assert not (tmp_path / "model" / "state" / "server.json").exists()
 
 
