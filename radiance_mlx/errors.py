@@ -162,6 +162,12 @@ class StoreError(RadianceError):
     code, status = "store_error", 500
 
 
+class DiskFull(StoreError):
+    """There is no room, or no quota left, for what was to be stored; nothing was changed."""
+
+    code, status = "disk_full", 507
+
+
 class HomeLocked(StoreError):
     """Another process works on this home."""
 

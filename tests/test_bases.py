@@ -4,10 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub import errors as hub
 from running import FACTS, QUICK, REFUSALS, running
 
+from radiance_mlx.config import Config
 from radiance_mlx.config.bases import NANO_FOLDER
+from radiance_mlx.engine import model
 from radiance_mlx.errors import ConfigError, ModelError
 
 LEARN = {
@@ -153,10 +157,39 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
     """The error says which folder, and what it lacks."""
     (tmp_path / "empty").mkdir()
     with (
-        pytest.raises(ModelError, match=r"empty.*config\.json"),
+        pytest.raises(ConfigError, match=r"empty.*config\.json"),
         running(tmp_path / "home", {**QUICK, "base_model": str(tmp_path / "empty")}),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("fault", "key"),
+    [
+        (hub.RepositoryNotFoundError, "base_model"),
+        (hub.RevisionNotFoundError, "model.revision"),
+        (hub.HFValidationError, "base_model"),
+        (hub.GatedRepoError, None),
+        (hub.LocalEntryNotFoundError, None),
+    ],
+)
+def test_a_name_that_the_hub_does_not_know_is_a_fault_of_the_configuration(monkeypatch, fault, key):
+    """A network that is down, or a licence that was not accepted, is none."""
+
+    def refused(*_, **__):
+        answer = (
+            {"response": httpx.Response(404, request=httpx.Request("GET", "http://hub"))}
+            if issubclass(fault, hub.HfHubHTTPError)
+            else {}
+        )
+        raise fault("no such thing", **answer)
+
+    monkeypatch.setattr(model, "mlx_lm_load", refused)
+    config = Config(base_model="some/name", model={"revision": "v9"})
+    with pytest.raises(ConfigError if key else ModelError, match="some/name") as caught:
+        model.load_base(config, cpu=True)
+    if key:
+        assert [found["key"] for found in caught.value.details] == [key]
 
 
 def test_modules_that_the_base_lacks_are_refused_with_what_it_has(tmp_path):

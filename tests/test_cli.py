@@ -204,6 +204,8 @@ def test_the_demo_promises_no_curve_that_is_not_measured() -> None:
         ("jobs --wait", 2),
         ("run --set lora.rank=8", 2),
         ("run --config no-such-file.yaml", 2),
+        ("run --base-model ./no-such-folder", 2),
+        ("run --base-model no/such/folder", 2),
         ("demo --name", 2),
         ("run --set server.token=2026-13-45", 2),
         ("run --set serving.adapter_slots=1000000000", 2),
@@ -484,6 +486,15 @@ def test_what_the_service_refuses_of_what_was_typed_exits_with_2(call: Call, wor
     code, body = call(*words)
     assert (code, body["error"]["code"]) == (output.USAGE, "invalid_request")
     assert call("jobs", "--limit", "1")[1]["jobs"] == before
+
+
+def test_a_text_that_is_too_long_is_no_warning_in_the_log(call: Call) -> None:
+    """It is refused, which is told to who asked; transformers' own words about it are none of the log's."""
+    code, body = call("search", "Who? " * 600)
+    assert (code, body["error"]["code"]) == (output.FAILED, "prompt_too_long")
+    log = (Path(call("info")[1]["home"]) / demo_service.LOG).read_text()
+    assert "ready" in log
+    assert "Token indices" not in log
 
 
 def test_tables_show_what_is_there(call: Call, service: str, capsys: pytest.CaptureFixture[str]) -> None:

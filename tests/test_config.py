@@ -191,6 +191,14 @@ def test_names_of_bases(tmp_path):
     assert resolve("someone/some-model") == "someone/some-model"
 
 
+def test_a_file_is_no_base(tmp_path, monkeypatch):
+    """Nor is it looked up on the hub, though its name could be one there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="a file, not a folder"):
+        resolve("model.safetensors")
+
+
 def test_scale_is_alpha_over_r(tmp_path):
     """lora.alpha becomes mlx-lm's scale."""
     assert load(tmp_path, "lora: {r: 4, alpha: 10}").lora.scale == 2.5
@@ -273,6 +281,9 @@ def test_faults_of_all_sources_come_together_whatever_they_are(tmp_path):
         ({"base_model": "./nowhere"}, "base_model"),
         ({"base_model": "~/nowhere/at/all"}, "base_model"),
         ({"base_model": "~no-such-user/model"}, "base_model"),
+        ({"base_model": "no/such/folder"}, "base_model"),
+        ({"base_model": "a folder"}, "base_model"),
+        ({"base_model": "x" * 5000 + "/" * 2}, "base_model"),
         ({"model.chat_template_args": {"a": float("nan")}}, "model.chat_template_args"),
         ({"model.chat_template_args": {"since": date(2026, 1, 1)}}, "model.chat_template_args"),
         ({"_env_file": "x"}, "_env_file"),
@@ -290,6 +301,87 @@ def test_a_recommendation_that_is_no_object_names_its_file(tmp_path):
     (tmp_path / "radiance.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"radiance\.json"):
         load_config(flags={"base_model": str(tmp_path)}, environ={})
+
+
+def test_a_fault_in_what_a_base_recommends_names_its_file(tmp_path):
+    """Its own sections and its presets; a preset of ours, and what the user sets, keep their own places."""
+    values = {"training": {"lrr": 1, "lr": "fast"}, "presets": {"lasting": {"replay": {"fraction": 2}}}}
+    (tmp_path / "radiance.json").write_text(json.dumps(values))
+    flags = {"base_model": str(tmp_path), "preset": "lasting", "lora.r": 0}
+    with pytest.raises(ConfigError) as caught:
+        load_config(home=tmp_path / "home", flags=flags, environ={})
+    where = {fault["key"]: fault["where"] for fault in caught.value.details}
+    file = str(tmp_path.resolve() / "radiance.json")
+    assert where == {"training.lrr": file, "training.lr": file, "replay.fraction": file, "lora.r": "flag"}
+    assert file in caught.value.message
+
+
+def test_a_key_that_is_there_twice_is_a_fault_with_its_lines(tmp_path):
+    """In any depth, a section of its own too; beside every other fault."""
+    text = (
+        "training:\n  lr: 0.1\n  seed: 3\n  lr: 0.2\nlora: {r: 4, r: 5, r: 6}\nserver: {port: x}\ntraining: {}\n"
+        "model:\n  chat_template_args: {a: [{b: 1, b: 2}]}\n"
+    )
+    error = faults(tmp_path, text)
+    problems = {fault["key"]: fault["problem"] for fault in error.details}
+    assert problems.keys() == {"training", "training.lr", "lora.r", "model.chat_template_args.a.b", "server.port"}
+    assert problems["training"] == "is set 2 times, in lines 1 and 7"
+    assert problems["training.lr"] == "is set 2 times, in lines 2 and 4"
+    assert problems["lora.r"] == "is set 3 times, in lines 5, 5 and 5"
+    assert str(tmp_path / "config.yaml") in error.message
+
+
+def test_what_an_anchor_repeats_is_no_repetition(tmp_path):
+    """YAML's own ways to say a thing once: aliases, and merging with what one changes; a loop is no endless one."""
+    text = "training: &same {lr: 0.5, seed: 3}\nlora: {r: 4}\nreplay: {fraction: 0.5}\n"
+    assert load(tmp_path, text + "model: {chat_template_args: {x: *same, y: *same}}").training.seed == 3
+    text = text.replace("lora: ", "lora: &other ")
+    merging = "model: {chat_template_args: {x: {<<: *same, <<: *other, seed: 4}}}"
+    assert load(tmp_path, text + merging).model.chat_template_args["x"] == {"lr": 0.5, "seed": 4, "r": 4}
+    endless = faults(tmp_path, "model: &loop {chat_template_args: *loop, chat_template_args: 1}")
+    assert "model.chat_template_args" in {fault["key"] for fault in endless.details}
+
+
+WRONG = [5, "x", [1], {"a": 1}, {1: 2}, True, None, -1.5, float("nan"), [], ""]
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_faults_speak_of_keys_and_plain_types(value):
+    """Whatever a key or a whole section is set to: no class of ours, no word of pydantic's, one fault a key."""
+    leaves = [path for path, _ in known_paths() if "." in path and path != "model.trust_remote_code"]
+    for paths in (leaves, ["serving", "model", "lora"]):
+        with pytest.raises(ConfigError) as caught:
+            load_config(flags=dict.fromkeys(paths, value), environ={})
+        strange = r"Section|Input|instance|dictionary|string|integer|List|str\b|union"
+        assert not re.search(strange, caught.value.message)
+        keys = [fault["key"] for fault in caught.value.details]
+        assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("modules", "said"),
+    [
+        (5, "must be a name, or a list of names such as [q_proj, v_proj] (got 5)"),
+        ([1, "q_proj"], "must be a name, or a list of names"),
+        ([], "names no module: write names such as [q_proj, v_proj], or all-linear"),
+        ("", "names no module"),
+        (["q_proj", ""], "names no module"),
+    ],
+)
+def test_target_modules_that_name_nothing_are_one_fault_that_says_what_to_write(modules, said):
+    with pytest.raises(ConfigError, match="has 1 fault") as caught:
+        load_config(flags={"lora.target_modules": modules}, environ={})
+    assert [fault["key"] for fault in caught.value.details] == ["lora.target_modules"]
+    assert said in caught.value.details[0]["problem"]
+
+
+def test_a_bad_entry_of_a_list_is_named_by_its_place():
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags={"server.allowed_hosts": ["a", 5], "rehearsal.sources": ["self", "x"]}, environ={})
+    assert {fault["key"]: fault["problem"] for fault in caught.value.details} == {
+        "server.allowed_hosts": "entry 2 must be text (got 5)",
+        "rehearsal.sources": "entry 2 must be 'self', 'neighbours' or 'anchors' (got 'x')",
+    }
 
 
 def test_a_section_whose_keys_are_commented_out_is_empty(tmp_path):

@@ -1,7 +1,9 @@
 """The HTTP contract, over a real port: shapes of answers, errors, who is let in, and the description of it all."""
 
 import asyncio
+import errno
 import json
+import logging
 import re
 import socket
 from dataclasses import replace
@@ -154,7 +156,10 @@ def test_rollback_moves_the_pointer_and_forward_again(client):
     name = client.get("/checkpoints").json()["current"]
     back = client.post("/rollback", json={"to": None, "reason": "a test"})
     assert back.json() == {"checkpoint": "base", "checkpoint_status": "base", "previous": name}
-    error(client.post("/rollback", json={}), 409, "conflict")
+    for nothing in ({"json": {}}, {}, {"headers": JSON}):
+        error(client.post("/rollback", **nothing), 409, "conflict")  # the base has no parent
+    error(client.post("/rollback", content=b"{}"), 415, "unsupported_media_type")
+    error(client.post("/rollback", headers={"content-type": "text/plain"}), 415, "unsupported_media_type")
     hint = error(client.post("/rollback", json={"to": "stable"}), 404, "not_found")["hint"]
     assert '"base"' in hint
     assert "null" in hint
@@ -239,6 +244,10 @@ def test_a_body_without_a_length_is_bounded_too(client):
     error(client.post("/update", content=chunks, headers=JSON), 413, "payload_too_large")
 
 
+def test_an_evaluation_needs_no_body(client):
+    error(client.post("/eval"), 503, "anchors_unavailable")
+
+
 def raw(client, head, *, wait=True):
     """Speak HTTP by hand: what httpx would not send. The answer, or the open socket."""
     connection = socket.create_connection(("127.0.0.1", client.base_url.port), timeout=30)
@@ -273,7 +282,9 @@ def test_a_client_that_hangs_up_ends_its_generation(started, stream):
 
 
 def test_an_unknown_route_or_method_is_told_in_json(client):
-    assert "/search" in error(client.get("/nothing"), 404, "not_found")["hint"]
+    hint = error(client.get("/nothing"), 404, "not_found")["hint"]
+    assert "/search" in hint
+    assert "/openapi.json" in hint
     response = client.get("/search")
     error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
@@ -299,6 +310,40 @@ def test_a_bug_is_answered_without_its_text(started, monkeypatch):
     response = started.client.get("/info")
     error(response, 500, "internal_error")
     assert "secret" not in response.text
+
+
+def no_files(service, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, "no room")
+
+    monkeypatch.setattr("radiance_mlx.store.acceptance.write_unpublished", full)
+
+
+def no_pages(service, monkeypatch, number):
+    """SQLite's own limit: the database cannot grow, as on a full disk."""
+    service.store(lambda s: s._database._connection.execute("PRAGMA max_page_count=1"))
+
+
+@pytest.mark.parametrize(
+    ("fill", "number"),
+    [(no_files, errno.ENOSPC), (no_files, errno.EDQUOT), (no_pages, None)],
+    ids=["files", "quota", "database"],
+)
+def test_an_update_that_a_full_disk_does_not_take_is_told_and_loses_nothing(started, monkeypatch, fill, number):
+    """The same update is taken once there is room, with the number that it would have had."""
+    client, service = started.client, started.service
+    before = client.get("/jobs").json()["jobs"]
+    body = update(*[(question, "a" * 4000) for question, _ in FACTS[:2]])
+    with monkeypatch.context() as patch:
+        fill(service, patch, number)
+        response = client.post("/update", json=body)
+    service.store(lambda s: s._database._connection.execute("PRAGMA max_page_count=1000000"))
+    fault = error(response, 507, "disk_full")
+    assert "room" in fault["hint"]
+    assert [job["job_id"] for job in client.get("/jobs").json()["jobs"]] == [job["job_id"] for job in before]
+    taken = client.post("/update", json=body)
+    assert (taken.status_code, taken.json()["job_id"]) == (202, f"job_{len(before) + 1:06d}")
+    client.delete(f"/jobs/{taken.json()['job_id']}")  # what it teaches is not the point
 
 
 # --- the same update twice -----------------------------------------------------------------------
@@ -403,6 +448,23 @@ def test_tracebacks_in_the_log_show_no_variables(capsys):
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said
     assert "what a user asked" not in said
+
+
+def test_the_log_is_spared_one_remark_of_transformers_and_no_other():
+    """On texts that are too long, which are cut or refused with words of our own."""
+    said = []
+    catch = logging.Handler()
+    catch.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(catch)
+    _configure_logging("info")
+    try:
+        logger.warning("Token indices sequence length is longer than the specified maximum sequence length (9 > 8).")
+        logger.warning("something else")
+    finally:
+        structlog.reset_defaults()
+        logger.removeHandler(catch)
+    assert said == ["something else"]
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://good.example", ""])
@@ -510,6 +572,11 @@ def test_the_description_has_every_route_of_the_application(started):
     for item in document["paths"].values():
         for operation in item.values():
             assert operation["summary"]
+    assert "507" in document["paths"]["/update"]["post"]["responses"]
+    needed = {
+        path for path, item in document["paths"].items() if item.get("post", {}).get("requestBody", {}).get("required")
+    }
+    assert needed == {"/search", "/update"}
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
 

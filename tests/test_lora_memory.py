@@ -101,8 +101,16 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_keys_to_change():
         "memory.limit_gb",
     ):
         assert key in caught.value.hint
-    assert caught.value.details["activations"] == "2048 MiB"
-    assert caught.value.details["bank"] == "1 MiB"
+    assert caught.value.details["activations"] == "2.00 GiB"
+    assert caught.value.details["bank"] == "1.0 MiB"
+
+
+def test_what_is_less_than_a_gibibyte_is_told_in_mebibytes():
+    """A small model's need is not `0.01 GiB`."""
+    small = memory.Estimate(base=10 * 2**20, bank=0, adapter=2**19, optimizer=0, activations=0, head=0)
+    with pytest.raises(NotEnoughMemory, match=r"needs about 10\.5 MiB, and there are 10\.0 MiB"):
+        memory.require(small, 10 * 2**20)
+    assert memory.readable(2**30) == "1.00 GiB"
 
 
 def test_the_limit_is_the_configured_one_or_the_devices():

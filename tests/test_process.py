@@ -32,6 +32,14 @@ DIES_OF_THE_FIRST_JOB = (
     "    return whole(self, seconds)\n"
     "Task.slice = slice\n" + MAIN
 )
+#: the loop does not come back from the first signal; and what follows the loop does not end
+LOOP_HANGS = "import time; from radiance_mlx.api import server\nserver._end_in_time = lambda: time.sleep(60)\n" + MAIN
+END_HANGS = (
+    "import time; from radiance_mlx.api import server; whole = server.serve\n"
+    "async def ends(*_): return 0\n"
+    "def serve(*given): whole(*given); print('over', flush=True); time.sleep(60)\n"
+    "server._serve, server.serve = ends, serve\n" + MAIN
+)
 ENGINE_DIES = "from radiance_mlx.engine.core import Engine\nEngine.step = lambda self: 1 / 0\n" + MAIN
 
 
@@ -103,13 +111,22 @@ def test_who_waits_for_a_long_answer_at_the_stop_is_told(start):
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start):
-    process = start().ready()
+    """However busy the event loop is then."""
+    process = start(script=LOOP_HANGS).ready()
     reader = open_stream(process)  # which would be given some seconds to end
     process.signal(signal.SIGINT)
     until(lambda: "stopping" in process.log)
     process.signal(signal.SIGINT)
     assert process.exit_code(10) == 128 + signal.SIGINT
     reader.join(10)
+
+
+def test_a_ctrl_c_after_the_event_loop_has_ended_is_no_traceback(start):
+    process = start(script=END_HANGS)
+    until(lambda: "over" in process.log)
+    process.signal(signal.SIGINT)
+    assert process.exit_code(10) == 128 + signal.SIGINT
+    assert process.log == "over\n"
 
 
 def test_a_process_killed_right_after_it_accepted_an_update_publishes_it_once_after_the_next_start(start):
@@ -196,8 +213,9 @@ def test_what_keeps_it_from_starting_is_one_clear_error(start, tmp_path):
         port = taken.getsockname()[1]
         said = refusal(start(**{"server.port": port}, home=tmp_path / "port"))
         assert f"Cannot listen on 127.0.0.1:{port}" in said
-    said = refusal(start(base_model=str(tmp_path), home=tmp_path / "model"))
-    assert "config.json" in said
+    process = start(base_model=str(tmp_path), home=tmp_path / "model")
+    assert "config.json" in refusal(process)
+    assert process.exit_code() == 2  # it is the configuration that is wrong
     assert not (tmp_path / "model" / "state" / "server.json").exists()
 
 

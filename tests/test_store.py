@@ -1092,6 +1092,13 @@ def test_the_holder_file_keeps_no_arguments(tmp_path: Path, monkeypatch: pytest.
     assert "secret" not in text
 
 
+def test_who_holds_the_home_is_named_as_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` hands the program the path of a file that nobody types."""
+    monkeypatch.setattr(sys, "argv", ["/x/radiance_mlx/__main__.py", "run"])
+    with HomeLock(tmp_path), pytest.raises(HomeLocked, match=r"\(python -m radiance_mlx run\)"):
+        HomeLock(tmp_path).acquire()
+
+
 # everything at once
 
 

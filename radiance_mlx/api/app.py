@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from ..errors import InternalError, MethodNotAllowed, NotFound, RadianceError
 from ..service import Service
-from .openapi import document
+from .openapi import OWN_PATH, document
 from .responses import error_response
 from .routes import TABLE
 from .security import Guard
@@ -27,7 +27,7 @@ def make_app(service: Service) -> Starlette:
 
     routes = [Route(facts.path, facts.handler, methods=[facts.method]) for facts in TABLE]
     app = Starlette(
-        routes=[*routes, Route("/openapi.json", openapi)],
+        routes=[*routes, Route(OWN_PATH, openapi)],
         middleware=[Middleware(Guard, settings=service.config.server)],
         exception_handlers={
             RadianceError: _told,
@@ -47,7 +47,7 @@ async def _told(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        paths = ", ".join(sorted({facts.path for facts in TABLE}))
+        paths = ", ".join(sorted({*(facts.path for facts in TABLE), OWN_PATH}))
         return error_response(NotFound(f"There is no route {request.url.path}.", f"Routes: {paths}."))
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")

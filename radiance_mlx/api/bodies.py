@@ -12,15 +12,28 @@ from ..messages import Example
 from .schemas import FORMS, UpdateEnvelope
 
 M = TypeVar("M", bound=BaseModel)
+JSON = "application/json"
 
 
-async def read_body(request: Request, settings: ServerSection) -> bytes:
-    """The raw body. Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `MalformedBody`."""
+async def read_body(request: Request, settings: ServerSection, *, optional: bool = False) -> bytes:
+    """The raw body; if it is `optional`, no body at all is `{}`.
+
+    Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `MalformedBody`.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":
+    body = b""
+    if kind == JSON or (optional and not kind):
+        body = await _content(request, settings)
+        if optional and not body:
+            return b"{}"
+    if kind != JSON:
         raise UnsupportedMediaType(
-            f"The content type is {kind or 'missing'}.", "Send JSON with 'content-type: application/json'."
+            f"The content type is {kind or 'missing'}.", f"Send JSON with 'content-type: {JSON}'."
         )
+    return body
+
+
+async def _content(request: Request, settings: ServerSection) -> bytes:
     limit = int(settings.max_body_mb * 2**20)
     body = bytearray()
     try:

@@ -8,6 +8,7 @@ from .. import __version__
 from .routes import TABLE, RouteFacts
 from .schemas import ErrorAnswer
 
+OWN_PATH = "/openapi.json"
 _REF = "#/components/schemas/{model}"
 
 
@@ -19,7 +20,7 @@ def document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for facts in TABLE:
         paths.setdefault(facts.path, {})[facts.method.lower()] = _operation(facts)
-    paths["/openapi.json"] = {
+    paths[OWN_PATH] = {
         "get": {
             "summary": "This document.",
             "operationId": "openapi",
@@ -53,7 +54,7 @@ def _operation(facts: RouteFacts) -> dict[str, Any]:
         "responses": responses,
     }
     if facts.body is not None:
-        operation["requestBody"] = {"required": True, **_json(_ref(facts.body.__name__))}
+        operation["requestBody"] = {"required": not facts.body_optional, **_json(_ref(facts.body.__name__))}
     return operation
 
 

@@ -133,7 +133,7 @@ async def checkpoint(request: Request) -> Response:
 async def rollback(request: Request) -> Response:
     """Move the stable pointer to the parent, to a named checkpoint, or to the base."""
     service = service_of(request)
-    body = parse(schemas.RollbackRequest, await read_body(request, service.config.server))
+    body = parse(schemas.RollbackRequest, await read_body(request, service.config.server, optional=True))
     previous = await service.rollback(body.to, body.reason)
     current, status = service.current
     return JSONResponse({"checkpoint": current, "checkpoint_status": status, "previous": previous})
@@ -142,7 +142,7 @@ async def rollback(request: Request) -> Response:
 async def evaluate(request: Request) -> Response:
     """Measure checkpoints on anchors; with `stream: true` events tell how many are done."""
     service = service_of(request)
-    body = parse(schemas.EvalRequest, await read_body(request, service.config.server))
+    body = parse(schemas.EvalRequest, await read_body(request, service.config.server, optional=True))
     anchors = _anchors_of(body)
 
     def measure(report: Callable[[int, int], None]) -> Awaitable[dict[str, Any]]:
@@ -200,6 +200,7 @@ class RouteFacts:
     answer: type[BaseModel]
     status: int = 200
     body: type[BaseModel] | None = None
+    body_optional: bool = False
     errors: tuple[int, ...] = ()
     query: dict[str, str] = field(default_factory=dict)
 
@@ -220,7 +221,7 @@ TABLE = (
         schemas.UpdateAnswer,
         status=202,
         body=schemas.UpdateRequest,
-        errors=(400, 408, 413, 415, 422, 503),
+        errors=(400, 408, 413, 415, 422, 503, 507),
     ),
     RouteFacts("GET", "/info", info, schemas.Info, errors=(503,)),
     RouteFacts(
@@ -232,7 +233,7 @@ TABLE = (
         query={"state": "string", "limit": "integer", "before": "integer"},
     ),
     RouteFacts("GET", "/jobs/{job_id}", job, schemas.Job, errors=(404, 503)),
-    RouteFacts("DELETE", "/jobs/{job_id}", cancel_job, schemas.Job, errors=(404, 409, 503)),
+    RouteFacts("DELETE", "/jobs/{job_id}", cancel_job, schemas.Job, errors=(404, 409, 503, 507)),
     RouteFacts("GET", "/checkpoints", checkpoints, schemas.Checkpoints, errors=(503,)),
     RouteFacts("GET", "/checkpoints/{checkpoint}", checkpoint, schemas.Checkpoint, errors=(404, 503)),
     RouteFacts(
@@ -241,7 +242,8 @@ TABLE = (
         rollback,
         schemas.RollbackAnswer,
         body=schemas.RollbackRequest,
-        errors=(400, 404, 408, 409, 413, 415, 422, 503),
+        body_optional=True,
+        errors=(400, 404, 408, 409, 413, 415, 422, 503, 507),
     ),
     RouteFacts(
         "POST",
@@ -249,6 +251,7 @@ TABLE = (
         evaluate,
         schemas.EvalAnswer,
         body=schemas.EvalRequest,
+        body_optional=True,
         errors=(400, 404, 408, 409, 413, 415, 422, 503),
     ),
     RouteFacts("GET", "/healthz", healthz, schemas.Health),

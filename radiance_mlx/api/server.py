@@ -1,7 +1,8 @@
 """`serve`: the service and uvicorn in one process, from start to a clean end.
 
-Signals only set flags: the first one stops in good order with exit code 0, the second ends the process at
-once. uvicorn's own handlers are not installed, since they raise the signal again after the shutdown.
+The first signal only sets flags: it stops in good order with exit code 0. A second one ends the process at once,
+with 128 and its number: nothing durable depends on a clean end. uvicorn's own handlers are not installed, since they
+raise the signal again after the shutdown.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ Announce = Callable[[str, dict[str, Any]], None]
 GRACE_S = 4
 ANSWER_S = 1.0  # what can be answered in so long after a signal is
 STOP_S = 9
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 log = structlog.get_logger(__name__)
 
 
@@ -46,7 +48,11 @@ def serve(loaded: Loaded, announce: Announce) -> int:
     Raises `RadianceError` before anything listens: a locked home, a taken port.
     """
     _configure_logging(loaded.config.server.log_level)
-    return asyncio.run(_serve(loaded, announce))
+    try:
+        return asyncio.run(_serve(loaded, announce))
+    finally:  # the loop took its handlers with it
+        for number in STOPPING:
+            signal.signal(number, _exit_at_once)
 
 
 async def _serve(loaded: Loaded, announce: Announce) -> int:
@@ -137,17 +143,30 @@ def _end(server: _Server, failures: list[BaseException], error: BaseException) -
 
 
 def _handle_signals(server: _Server, asked_to_stop: asyncio.Event) -> None:
-    def handle(number: int) -> None:
-        if server.should_exit:
-            os._exit(128 + number)
+    """The first signal is answered on the loop; one more ends the process, however busy the loop is then."""
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def count(number: int, frame: Any) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1 or server.should_exit:
+            _exit_at_once(number, frame)
+
+    def stop(number: int) -> None:
         log.info("stopping", signal=signal.Signals(number).name)
         server.should_exit = True
         asked_to_stop.set()
         _end_in_time()
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, handle, number)
+    for number in STOPPING:
+        loop.add_signal_handler(number, stop, number)  # sees to it that a signal wakes the loop
+        signal.signal(number, count)  # in place of asyncio's own, which does nothing
+        signal.siginterrupt(number, False)
+
+
+def _exit_at_once(number: int, _: Any) -> None:
+    os._exit(128 + number)
 
 
 def _end_in_time() -> None:
@@ -186,11 +205,16 @@ def _write_address(loaded: Loaded, listener: socket.socket) -> str:
     return url
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """All but transformers' remark on a text that is too long: we cut or refuse it, and say so to who sent it."""
+    return "Token indices sequence length is longer than" not in record.getMessage()
+
+
 def _configure_logging(level: str) -> None:
     """One line an event on stderr; libraries' warnings too."""
     number = getattr(logging, level.upper())
     logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_news)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(number),
         processors=[

@@ -5,6 +5,8 @@ It lies under everything that the user sets.
 """
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ PRESET_KEYS: dict[str, tuple[str, ...]] = {
     "evaluation": ("metric", "catastrophic_delta", "confidence"),
 }
 
+#: a model or somebody's model; what is none of both can only be a path
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 #: short names → hub folders that mlx-lm loads
 SHORT_NAMES = {
     "mistral-7b": "mlx-community/Mistral-7B-Instruct-v0.3-4bit",
@@ -39,15 +43,21 @@ def resolve(name: str) -> Path | str:
     if name == "nano":
         return NANO_FOLDER
     folder = expanded(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's own, no error for a name that no file can have
         return folder.resolve()
-    if name.startswith(("/", ".", "~")):
-        raise ConfigError(
-            f"base_model: there is no folder {name}.",
-            "Check the path; nano is built in, other names are looked up on the hub.",
-            [{"key": "base_model", "problem": "no such folder"}],
-        )
+    if os.path.exists(folder):
+        raise _no_base(f"{name} is a file, not a folder", "no folder")
+    if not HUB_NAME.fullmatch(name):
+        raise _no_base(f"there is no folder {name}", "no such folder")
     return SHORT_NAMES.get(name, name)
+
+
+def _no_base(said: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"base_model: {said}.",
+        "Check the path; nano is built in, names without a path are looked up on the hub.",
+        [{"key": "base_model", "problem": problem}],
+    )
 
 
 def expanded(path: str) -> Path:
@@ -86,10 +96,16 @@ def _allowed(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _own_values(name: str) -> dict[str, Any]:
+def own_file(name: str) -> Path | None:
+    """Where the base itself says how it likes to be taught, if it does."""
     where = resolve(name)
     file = where / "radiance.json" if isinstance(where, Path) else None
-    if file is None or not file.is_file():
+    return file if file is not None and file.is_file() else None
+
+
+def _own_values(name: str) -> dict[str, Any]:
+    file = own_file(name)
+    if file is None:
         return {}
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ where it was set, and the nearest key that exists.
 """
 
 import difflib
+import functools
 import os
 import types
 import typing
@@ -18,14 +19,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
-from . import bases
+from . import bases, document
 from .schema import Config
+from .wording import problem_of
 
 ENV_PREFIX = "RADIANCE_"
 #: environment variables of the commands, not of the configuration
 OTHER_VARIABLES = {"RADIANCE_URL", "RADIANCE_HOME", "RADIANCE_CONFIG"}
 #: what PyYAML raises: also for a day that no calendar has, thousands of digits, or nesting without end
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+#: what is told as where a value is from, and its values
+Source = tuple[str, Mapping[str, Any]]
 #: below this, every key is the user's own
 FREE_FORM = "model.chat_template_args."
 
@@ -54,23 +58,29 @@ def load_config(
     home = home or _path(environ.get("RADIANCE_HOME"))
     file = _find_file(config_file or _path(environ.get("RADIANCE_CONFIG")), home)
     faults: list[dict[str, str]] = []
-    sources = [
-        (str(file), _read_file(file) if file else {}),
+    sources: list[Source] = [
+        (str(file), _read_file(file, faults) if file else {}),
         ("environment", _read_environment(environ, faults)),
         ("flag", _nested(flags or {}, "flag", faults)),
     ]
     _refuse_outside_the_file(sources[1:], faults)
-    merged: dict[str, Any] = {}
-    for _, values in sources:
-        merged = _merge(merged, values)
-    base = merged.get("base_model", Config.model_fields["base_model"].default)
-    recommended = bases.recommended_values(base) if isinstance(base, str) else {}
-    if isinstance(base, str) and isinstance(preset := merged.get("preset", "none"), str):
-        for values in bases.preset_values(base, preset):
-            recommended = _merge(recommended, values)
-    merged = _merge(recommended, merged)
-    config = _validate(merged, sources, faults)
+    set_by_user = _merged(sources)
+    base = set_by_user.get("base_model", Config.model_fields["base_model"].default)
+    sources = [*_of_the_base(base, set_by_user.get("preset", "none")), *sources]
+    config = _validate(_merged(sources), sources, faults)
     return Loaded(config, (home or (file.parent if file else _user_home())).absolute(), file)
+
+
+def _of_the_base(base: Any, preset: Any) -> list[Source]:
+    """What the base and the preset say, weakest first; nothing where their names are none."""
+    if not isinstance(base, str):
+        return []
+    file = str(bases.own_file(base))
+    sources: list[Source] = [(file, bases.recommended_values(base))]
+    if isinstance(preset, str):
+        for_any, for_this = bases.preset_values(base, preset)
+        sources += [(f"preset {preset}", for_any), (file, for_this)]
+    return sources
 
 
 def _path(value: str | None) -> Path | None:
@@ -91,15 +101,19 @@ def _find_file(asked: Path | None, home: Path | None) -> Path | None:
     return candidate if candidate.is_file() else None
 
 
-def _read_file(file: Path) -> dict[str, Any]:
+def _read_file(file: Path, faults: list[dict[str, str]]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values, repeated = document.read(file.read_text(encoding="utf-8"))
     except (*NOT_YAML, OSError) as error:
         raise ConfigError(f"{file} cannot be read: {error}", "It must be YAML in UTF-8.") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{file} must hold keys and values, not a {type(values).__name__}.")
+    for key, lines in repeated:
+        *first, last = map(str, lines)
+        problem = f"is set {len(lines)} times, in lines {', '.join(first)} and {last}"
+        faults.append({"key": key, "where": str(file), "problem": problem})
     sections = {name for name, info in Config.model_fields.items() if _is_section(info.annotation)}
     # a section whose keys are all commented out
     return {str(key): {} if value is None and key in sections else value for key, value in values.items()}
@@ -136,7 +150,7 @@ def _value_of(text: str, kind: Any) -> Any:
     return value if isinstance(value, list | dict) else text
 
 
-def _refuse_outside_the_file(sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]) -> None:
+def _refuse_outside_the_file(sources: list[Source], faults: list[dict[str, str]]) -> None:
     """Code that comes with a model runs only for somebody who can write the configuration file."""
     for name, values in sources:
         section = values.get("model")
@@ -159,6 +173,12 @@ def _nested(flat: Mapping[str, Any], where: str, faults: list[dict[str, str]]) -
     return out
 
 
+def _merged(sources: list[Source]) -> dict[str, Any]:
+    """All sources in one: the later a source, the stronger."""
+    start: dict[str, Any] = {}
+    return functools.reduce(_merge, (values for _, values in sources), start)
+
+
 def _merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(low)
     for key, value in high.items():
@@ -167,9 +187,7 @@ def _merge(low: dict[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _validate(
-    values: dict[str, Any], sources: list[tuple[str, dict[str, Any]]], faults: list[dict[str, str]]
-) -> Config:
+def _validate(values: dict[str, Any], sources: list[Source], faults: list[dict[str, str]]) -> Config:
     config = None
     strangers = values.keys() - Config.model_fields.keys()  # some, as _env_file, mean something to pydantic-settings
     faults.extend(_unknown(path, _origin(path, sources)) for path in sorted(strangers))
@@ -177,12 +195,13 @@ def _validate(
         config = Config.model_validate({key: value for key, value in values.items() if key not in strangers})
     except ValidationError as error:
         for fault in error.errors():
-            path = ".".join(str(part) for part in _key_of(fault["loc"]))
+            key = _key_of(fault["loc"])
+            path = ".".join(str(part) for part in key)
             origin = _origin(path, sources)
             if fault["type"] == "extra_forbidden":
                 faults.append(_unknown(path, origin))
             else:
-                faults.append({"key": path, "where": origin, "problem": _plain(fault)})
+                faults.append({"key": path, "where": origin, "problem": problem_of(fault, fault["loc"][len(key) :])})
     if faults or config is None:
         raise _as_error(faults)
     return config
@@ -199,12 +218,7 @@ def _key_of(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return loc
 
 
-def _plain(fault: Any) -> str:
-    text = str(fault["msg"]).removeprefix("Value error, ")
-    return str(text) if fault["type"] == "value_error" else f"{text} (got {fault['input']!r})"
-
-
-def _origin(path: str, sources: list[tuple[str, dict[str, Any]]]) -> str:
+def _origin(path: str, sources: list[Source]) -> str:
     for name, values in sources[::-1]:
         level: Any = values
         for part in path.split("."):

@@ -80,6 +80,16 @@ class LoraSection(Section):
     target_modules: str | list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     num_layers: Annotated[int, Field(le=MANY)] = -1
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_modules(cls, modules: Any) -> Any:
+        names = [modules] if isinstance(modules, str) else modules
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"must be a name, or a list of names such as [q_proj, v_proj] (got {modules!r})")
+        if not names or not all(names):
+            raise ValueError("names no module: write names such as [q_proj, v_proj], or all-linear")
+        return modules
+
     @field_validator("num_layers")
     @classmethod
     def _some_or_all(cls, layers: int) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from mlx_lm import load as mlx_lm_load
 
 from ..config import Config
 from ..config.bases import resolve
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError, RadianceError
 
 _SAMPLE = 1 << 20
 
@@ -34,11 +35,11 @@ class BaseModel:
 def load_base(config: Config, *, cpu: bool) -> BaseModel:
     """Load `config.base_model`; on the CPU floating weights become float32 (half precision is slow there).
 
-    Raises `ModelError` that says what was looked for and where.
+    Raises `ConfigError` if what is configured names no model, else `ModelError`: what was looked for, and where.
     """
     where = resolve(config.base_model)
     if isinstance(where, Path) and not (where / "config.json").is_file():
-        raise ModelError(f"{where} is not a model folder: it has no config.json.", "Give a folder in mlx-lm's format.")
+        raise _wrong(f"{where} is not a model folder: it has no config.json.", "Give a folder in mlx-lm's format.")
     trust = config.model.trust_remote_code
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -51,7 +52,7 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
             )
         folder = where if isinstance(where, Path) else _snapshot(where, config.model.revision)
     except Exception as error:  # the hub, safetensors, transformers and mlx-lm raise many kinds
-        raise _explain(config.base_model, where, error) from error
+        raise _explain(config.base_model, where, config.model.revision, error) from error
     if cpu:
         module.set_dtype(mx.float32)
     module.freeze()
@@ -79,10 +80,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _explain(name: str, where: Path | str, error: Exception) -> ModelError:
+def _wrong(said: str, hint: str, key: str = "base_model") -> ConfigError:
+    return ConfigError(f"{key}: {said}", hint, [{"key": key, "problem": said}])
+
+
+def _explain(name: str, where: Path | str, revision: str | None, error: Exception) -> RadianceError:
     kind = type(error).__name__
     if isinstance(where, Path):
         return ModelError(f"The model in {where} cannot be loaded: {error}", "It must be in mlx-lm's format.")
+    if isinstance(error, RevisionNotFoundError):
+        return _wrong(f"{where} has no revision {revision}.", "Name a branch, tag or commit.", "model.revision")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError) and not isinstance(error, GatedRepoError):
+        return _wrong(f"there is no model {where} on the hub.", "Check the name; a private one needs HF_TOKEN.")
     return ModelError(
         f"The model {name} ({where}) cannot be loaded: {kind}: {str(error).splitlines()[0] if str(error) else ''}",
         "Check the name and the network (and HF_TOKEN for gated models), or give a local folder; "

@@ -98,13 +98,18 @@ def require(needed: Estimate, limit: int) -> None:
     """Raise `NotEnoughMemory` unless `needed` fits into `limit` bytes."""
     if needed.total <= limit:
         return
-    parts = {name: f"{getattr(needed, name) / 2**20:.0f} MiB" for name in needed.__dataclass_fields__}
+    parts = {name: readable(getattr(needed, name)) for name in needed.__dataclass_fields__}
     raise NotEnoughMemory(
-        f"Training this batch needs about {needed.total / 2**30:.2f} GiB, and there are {limit / 2**30:.2f} GiB.",
+        f"Training this batch needs about {readable(needed.total)}, and there are {readable(limit)}.",
         "Lower training.batch_size or training.max_seq_length, set training.grad_checkpoint: true, or lower "
         "lora.r or serving.adapter_slots; memory.limit_gb sets the limit.",
         parts,
     )
+
+
+def readable(size: int) -> str:
+    """Bytes in the unit that suits: `1.50 GiB`, `9.8 MiB`."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:

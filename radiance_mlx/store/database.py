@@ -1,5 +1,6 @@
 """The connection: how it is opened, what a transaction is, and what an unusable database is told as."""
 
+import errno
 import json
 import sqlite3
 import sys
@@ -8,10 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
+from ..errors import DiskFull, StoreError
 from .migrations import MIGRATIONS, Migration, migrate
 
 HINT = "See that the disk has room, that this user may write there, and that no other program holds the file."
+MAKE_ROOM = (
+    "Make room on that disk, then try again: nothing was stored, and nothing that was stored before is lost. "
+    "storage.keep_checkpoints says how many checkpoints are kept."
+)
 NO_DATABASE = "The file is damaged or no database. Put a backup in its place, or move it away to start anew."
 
 
@@ -84,9 +89,18 @@ class Database:
         except (sqlite3.IntegrityError, sqlite3.ProgrammingError):
             raise
         except (sqlite3.OperationalError, OSError) as error:
+            if _no_room(error):
+                why = getattr(error, "strerror", None) or error
+                raise DiskFull(f"The disk with {self._path} is full: {why}.", MAKE_ROOM) from error
             raise StoreError(f"The store {self._path} cannot be used: {error}.", HINT) from error
         except sqlite3.DatabaseError as error:
             raise StoreError(f"The store {self._path} cannot be read: {error}.", NO_DATABASE) from error
+
+
+def _no_room(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
 def to_json(value: Any) -> str:

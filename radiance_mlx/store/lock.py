@@ -66,7 +66,7 @@ class HomeLock:
 
     def _self_description(self) -> dict[str, Any]:
         # program and subcommand only: later arguments may hold a token
-        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+        command = " ".join([_program(Path(sys.argv[0])), *sys.argv[1:2]])
         return {"pid": os.getpid(), "host": platform.node(), "started": self._clock(), "command": command}
 
     def _locked(self) -> HomeLocked:
@@ -86,6 +86,10 @@ class HomeLock:
             f"The home {self._home} cannot be locked: {error}.",
             "It must be a folder on a local disk in which this user may write.",
         )
+
+
+def _program(started: Path) -> str:
+    return f"python -m {started.parent.name}" if started.name == "__main__.py" else started.name
 
 
 def _read_holder(path: Path) -> dict[str, Any] | None:
