@@ -202,7 +202,9 @@ class Ours(Server):
         return "text" in event, event.get("usage", {}).get("completion_tokens", 0)
 
     def teach(self, rows: Sequence[dict[str, str]]) -> str:
-        examples = [{"text": r["text"]} if "text" in r else {"input": r["prompt"], "output": r["completion"]} for r in rows]
+        examples = [
+            {"text": r["text"]} if "text" in r else {"input": r["prompt"], "output": r["completion"]} for r in rows
+        ]
         return str(self.post("/update", {"examples": examples})["job_id"])
 
     def published(self, job_id: str) -> str:

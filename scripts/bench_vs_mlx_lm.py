@@ -205,39 +205,42 @@ class Lora:
         command += ["--batch-size", str(BATCH), "--learning-rate", "1e-9", "--num-layers", "-1"]
         command += ["--steps-per-report", "5", "--val-batches", "0", "--steps-per-eval", "1000000"]
         command += ["--save-every", "1000000", "--max-seq-length", "1024"]
+        environ = environment() | {"PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=ROOT
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=ROOT
         )
         self.peak_mb = 0.0
-        self.said: list[str] = []
+        self.said: list[tuple[float, str]] = []
 
     def lines(self) -> None:
-        """Read to the end, keeping the highest memory seen."""
+        """Read to the end, keeping when each line came and the highest memory seen."""
         assert self.process.stdout
         for line in self.process.stdout:
-            self.said.append(line)
+            self.said.append((time.perf_counter(), re.sub(r"\x1b\[[0-9;]*m", "", line)))
             if self.process.poll() is None:
                 self.peak_mb = max(self.peak_mb, peak_mb(self.process.pid))
         if self.process.wait():
-            raise SystemExit("mlx_lm lora failed:\n" + "".join(self.said[-20:]))
+            raise SystemExit("mlx_lm lora failed:\n" + "".join(line for _, line in self.said[-20:]))
 
     def figures(self) -> Figures:
-        """Medians of its own reports but the first, which has the warming up in it."""
-        reports = re.findall(r"It/sec ([\d.]+), Tokens/sec ([\d.]+)", "".join(self.said))
-        steps, tokens = zip(*[(float(a), float(b)) for a, b in reports[1:] or reports], strict=True)
-        return {"steps_per_s": round(statistics.median(steps), 2), "tokens_per_s": round(statistics.median(tokens), 1)}
+        """Between its first report, which has the warming up in it, and its last."""
+        found = [(t, re.match(r"\s*(\d+)\s+[\d.]+\D+[\d.]+", line)) for t, line in self.said]
+        reports = [(t, int(m[1])) for t, m in found if m]
+        (start, before), (end, after) = reports[0], reports[-1]
+        return {"steps_per_s": round((after - before) / (end - start), 2)}
 
 
-def trained(bench: Bench, server: Ours, job: str) -> Figures:
-    """Of a published job, by its metrics file: the steps' own time."""
+def published(bench: Bench, server: Ours, job: str) -> Figures:
+    """The metrics of the checkpoint that comes of a job."""
     checkpoint = server.published(job)
-    metrics = json.loads((bench.folder / "home" / "metrics" / f"{checkpoint}.json").read_text())
-    return {
-        "steps_per_s": round(metrics["steps"] / metrics["training_seconds"], 2),
-        "tokens_per_s": round(metrics["target_tokens_trained"] / metrics["training_seconds"], 1)
-        if "target_tokens_trained" in metrics
-        else metrics["tokens_per_s"],
-    }
+    metrics: Figures = json.loads((bench.folder / "home" / "metrics" / f"{checkpoint}.json").read_text())
+    return metrics
+
+
+def trained(bench: Bench, server: Ours, rows: list[dict[str, str]]) -> Figures:
+    """Teach `rows`: steps in the time of its steps."""
+    metrics = published(bench, server, server.teach(rows))
+    return {"steps_per_s": round(metrics["steps"] / metrics["training_seconds"], 2)}
 
 
 def train(bench: Bench) -> Figures:
@@ -246,12 +249,16 @@ def train(bench: Bench) -> Figures:
         rows = [make(bench.prompts) for _ in range(10 * BATCH)]
         server = bench.ours()
         try:
-            found["ours"][name] = trained(bench, server, server.teach(rows))
+            metrics = published(bench, server, server.teach(rows))
         finally:
             server.stop()
         lora = Lora(bench, rows, bench.steps)
         lora.lines()
+        found["ours"][name] = {"steps_per_s": round(metrics["steps"] / metrics["training_seconds"], 2)}
         found["mlx-lm"][name] = lora.figures()
+        tokens = metrics["trained_tokens"] / metrics["steps"]  # prompts and padding too, of the same rows
+        for one in found.values():
+            one[name]["tokens_per_s"] = round(one[name]["steps_per_s"] * tokens)
     return found
 
 
@@ -283,8 +290,8 @@ def both(bench: Bench) -> Figures:
     found: Figures = {}
     server = bench.ours()
     try:
-        alone = trained(bench, server, server.teach(rows))
-        found["ours"] = during(bench, server, ("base",), lambda: trained(bench, server, server.teach(rows)))
+        alone = trained(bench, server, rows)
+        found["ours"] = during(bench, server, ("base",), lambda: trained(bench, server, rows))
         found["ours"]["peak_mb"] = round(server.peak_mb())
     finally:
         server.stop()
@@ -336,7 +343,10 @@ def live(bench: Bench) -> Figures:
         theirs = time.perf_counter() - started
     finally:
         other.stop()
-    return {"ours": {"update to answer": {"s": round(ours, 2)}}, "mlx-lm": {"update to answer": {"s": round(theirs, 2)}}}
+    return {
+        "ours": {"update to answer": {"s": round(ours, 2)}},
+        "mlx-lm": {"update to answer": {"s": round(theirs, 2)}},
+    }
 
 
 # --- telling ------------------------------------------------------------------------------------------
