@@ -154,7 +154,7 @@ class Server:
         adapters: Sequence[str | None] = (None,),
         until: threading.Event | None = None,
     ) -> Load:
-        """`clients` at once, each asking `rounds` times, or until the event; client i asks adapter i mod their number."""
+        """`clients` at once, each asking `rounds` times, or until the event; adapters in turn."""
 
         def client(number: int) -> list[Heard]:
             adapter = adapters[number % len(adapters)]
