@@ -256,7 +256,7 @@ def test_a_bug_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_interrupted_commands_exit_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(client, "connect", interrupted)
     assert main(["info"]) == output.INTERRUPTED
