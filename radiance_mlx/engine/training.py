@@ -24,6 +24,7 @@ from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.whole import run_whole
 from ..messages import Progress, TrainBatch, TrainResult
+from .backend import Backend
 from .evaluating import UpdateEvaluation
 from .kept_state import KeptState
 from .metrics import training_metrics
@@ -49,7 +50,7 @@ class TrainingTask:
         bank_bytes: int,
         context: int,
         head_on_targets: bool,
-        backend: str,
+        backend: Backend,
         report: Report,
         cancelled: threading.Event,
         plan: Plan | None = None,
