@@ -32,6 +32,10 @@ from .store import CheckpointRecord, write_durably
 
 log = structlog.get_logger(__name__)
 ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+NOTHING_REHEARSED = (
+    "rehearsal.sources has anchors: put files named *.jsonl with texts that do not measure into "
+    "data/anchors/rehearsal/, or take anchors out of it."
+)
 ExamplesOf = Callable[[Sequence[str]], Awaitable[Sequence[Example]]]
 
 
@@ -71,7 +75,7 @@ class Evaluator:
 
         `examples_of` gives the examples of jobs, in the order in which they were accepted.
 
-        Raises `AnchorsUnavailable` if they must be had and cannot be.
+        Raises `AnchorsUnavailable` if they must be had and cannot be, and if there are none to rehearse that should be.
         """
         rehearsed = await self._rehearsed()
         if not self.enabled:
@@ -87,6 +91,7 @@ class Evaluator:
             unavailable = error.message
             self.trouble = f"anchors are not measured: {error.message}"
             log.warning("no anchors", error=error.message)
+        rehearsed, notes = _apart(rehearsed, anchors)
         return Plan(
             rule=self.rule,
             anchors=anchors,
@@ -95,16 +100,24 @@ class Evaluator:
             sample=self._settings.update_sample,
             scale_first=self._settings.scale_first,
             rehearsed=rehearsed,
+            notes=notes,
         )
 
     async def _rehearsed(self) -> tuple[Encoded, ...]:
-        """The anchors that are learnt from: they have a folder of their own. Raises `AnchorsUnavailable`."""
+        """The anchors that are learnt from: they have a folder of their own.
+
+        Raises `AnchorsUnavailable` whatever `require_anchors` says: without what it was to be held to, an update
+        would forget, and figures would only tell afterwards.
+        """
         if self._rehearsal.kl_weight == 0 or "anchors" not in self._rehearsal.sources:
             return ()
         folder = self._home / "data" / "anchors" / "rehearsal"
         settings = replace(self.anchors, provider="local", folder=folder)
-        rows = await asyncio.to_thread(load_rows, settings)
-        found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+        try:
+            rows = await asyncio.to_thread(load_rows, settings)
+            found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+        except AnchorsUnavailable as error:
+            raise AnchorsUnavailable(error.message, NOTHING_REHEARSED) from error
         return found.documents
 
     async def anchor_set(self, settings: AnchorSettings) -> AnchorSet:
@@ -175,6 +188,22 @@ class Evaluator:
             label = f"{subject.folder.resolve().name}-{document['adapter_hash'][:8]}"
         name = f"eval_{label}_vs_{document['against']}_{document['anchors']['hash'][:8]}.json"
         write_durably(self._home / "metrics" / name, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _apart(rehearsed: tuple[Encoded, ...], anchors: AnchorSet | None) -> tuple[tuple[Encoded, ...], tuple[str, ...]]:
+    """What is left to learn from without the rows that measure, and a note of how many those are.
+
+    Raises `AnchorsUnavailable` if nothing is left.
+    """
+    measuring = {document.tokens for document in anchors.documents} if anchors else set()
+    left = tuple(row for row in rehearsed if row.tokens not in measuring)
+    if len(left) == len(rehearsed):
+        return rehearsed, ()
+    if not left:
+        raise AnchorsUnavailable("All rows in data/anchors/rehearsal are anchors that measure.", NOTHING_REHEARSED)
+    both = len(rehearsed) - len(left)
+    note = f"{both} of {len(rehearsed)} rows in data/anchors/rehearsal are not rehearsed: they are anchors that measure"
+    return left, (note,)
 
 
 def _is_of(home: Path, subject: Subject) -> bool:

@@ -72,18 +72,24 @@ def test_rehearsal_holds_each_step_to_the_base(tmp_path, sources):
 
 
 def test_anchors_that_are_rehearsed_have_a_folder_of_their_own(tmp_path):
-    """Without it the job fails and says where to put them: it was asked for."""
+    """Without it, or with nothing but rows that measure, the job fails and says what to do: it was asked for."""
     flags = {**SMALL, "rehearsal.kl_weight": 1.0, "rehearsal.sources": ["anchors"]}
+    flags |= {"evaluation.anchor_provider": "local", "evaluation.require_anchors": False}
+    folder = tmp_path / "data" / "anchors"
+    (folder / "rehearsal").mkdir(parents=True)
+    lines = [json.dumps({"input": q, "output": a}) + "\n" for q, a in world.facts(world.KNOWN[:2])]
+    (folder / "a.jsonl").write_text("".join(lines[:3]))
     with running(tmp_path, flags) as service:
-        job = service.wait(service.post(*facts(0)), "failed")
-        assert job.error["code"] == "anchors_unavailable"
-        assert "rehearsal" in job.error["message"]
-        folder = tmp_path / "data" / "anchors" / "rehearsal"
-        folder.mkdir(parents=True)
-        rows = [{"prompt": q, "completion": a} for q, a in world.facts(world.KNOWN[:4])]
-        (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        [name] = taught(service, 1)
-        assert all("kl" in row for row in curve(service, name))
+        for rehearsed in ("", "".join(lines[1:3])):
+            (folder / "rehearsal" / "b.jsonl").write_text(rehearsed)
+            job = service.wait(service.post(*facts(0)), "failed")
+            assert job.error["code"] == "anchors_unavailable"
+            assert "rehearsal" in job.error["message"]
+            assert "rehearsal.sources" in job.error["hint"]
+        (folder / "rehearsal" / "b.jsonl").write_text("".join(lines[1:]))
+        job = service.wait(service.post(*facts(1)), "published")
+        assert [note for note in job.notes if f"2 of {len(lines) - 1} rows" in note]
+        assert all("kl" in row for row in curve(service, job.checkpoint))
 
 
 def test_replay_keeps_what_the_last_update_taught(tmp_path):

@@ -75,6 +75,7 @@ class TrainingTask:
             head_on_targets=head_on_targets and self._sliced,
         )
         self._notes = self._preparation.notes
+        self._notes += plan.notes if plan else ()
         self._prepared: Trainer | None = None
         self._kept_at = time.monotonic()
         self._kept = KeptState(home / "state" / "training" / batch.checkpoint)
