@@ -242,9 +242,10 @@ def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Su
     return Subject(name, folder, against or facts["parent"])
 
 
-def checkpoint_names(home: Path) -> list[str]:
-    """Every checkpoint folder of the home, oldest first."""
-    found = [path.name for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+def checkpoint_names(home: Path, base_hash: str) -> list[str]:
+    """Every checkpoint of this base in the home, oldest first. Raises `CheckpointDamaged`."""
+    paths = [path for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+    found = [path.name for path in paths if folders.read(path).get("base_hash") == base_hash]
     return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
 
 

@@ -67,7 +67,7 @@ def _subjects(
         if not (adapter_path / "adapters.safetensors").is_file():
             raise ModelError(f"{adapter_path} is no adapter: it has no adapters.safetensors.", "Name its folder.")
         return [Subject(str(adapter_path), adapter_path, against)]
-    names = checkpoint_names(home) if checkpoints is None else list(checkpoints)
+    names = checkpoint_names(home, base_hash) if checkpoints is None else list(checkpoints)
     if not names:
         raise NotFound(
             "There is no checkpoint here yet.", "Teach something first, or measure the base: --checkpoint base."

@@ -9,7 +9,7 @@ taken: `training_s` is what 200 would take at their pace, since one takes as lon
 update also computes the base's own distributions, which are kept. The second one trains a single step, for what it
 trained makes no difference to what measuring it takes; while it is measured, a client asks one question after another.
 `gap` is the time between two of its tokens, `slice_ms` the longest piece of background work that the configuration
-allows between them. The last line is one JSON object. Takes about two minutes.
+allows between them. The last line is one JSON object. Takes one to two minutes.
 """
 
 import argparse

@@ -9,6 +9,7 @@ import pytest
 from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
 
 from radiance_mlx import offline
+from radiance_mlx.errors import NotFound
 from radiance_mlx.evaluation.metrics import NAMES
 from radiance_mlx.models.nano import world
 
@@ -163,12 +164,14 @@ def test_without_a_service_the_same_is_measured_here(taught):
 
 
 def test_stable_is_what_a_service_would_answer_from(taught, tmp_path):
-    """Of this base: with another one nothing has been learnt."""
+    """Of this base: with another one nothing has been learnt, and there is nothing to measure."""
     first, second = ids(taught)
     base_hash = json.loads((taught / "adapters" / first / "checkpoint.json").read_text())["base_hash"]
     for home, base, name in ((taught, base_hash, second), (taught, "another", "base"), (tmp_path, base_hash, "base")):
         [subject] = offline._subjects(home, ["stable"], "stable", None, base)
         assert (subject.name, subject.parent) == (name, name)
+    with pytest.raises(NotFound):
+        offline._subjects(taught, None, None, None, "another")
 
 
 def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, taught):
