@@ -31,15 +31,11 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="An id, stable, base, or all. Else stable.", metavar="ID", show_default=False),
+        typer.Option(help="An id, base, all, or stable, which is the default.", metavar="ID", show_default=False),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            help="Compare with this one, not the parent: an id, stable or base.",
-            metavar="ID",
-            show_default=False,
-        ),
+        typer.Option(help="Instead of the parent: an id, stable, or base.", metavar="ID", show_default=False),
     ] = None,
     adapter_path: Annotated[
         Path | None,
