@@ -5,12 +5,13 @@ holds nothing up but the update that asks for it. What is measured happens on th
 """
 
 import asyncio
+import hashlib
 import json
 import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,32 @@ import structlog
 from .checkpoints import folder as folders
 from .config import Config
 from .config.bases import resolve
+from .engine.conditions import conditions
 from .engine.thread import EngineThread
 from .errors import AnchorsUnavailable, Conflict, NotFound
 from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
 from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
 from .evaluation.policy import FINETUNE_LOSS, Rule
 from .lora.encoding import Encoded
-from .messages import BASE, Example
+from .messages import BASE, EngineFacts, Example
 from .store import CheckpointRecord, write_durably
 
 log = structlog.get_logger(__name__)
-ADAPTER_FILE = "adapters.safetensors"
+ADAPTER_FILE, CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
+NOTHING_REHEARSED = (
+    "rehearsal.sources has anchors: put files named *.jsonl with texts that do not measure into "
+    "data/anchors/rehearsal/, or take anchors out of it."
+)
 ExamplesOf = Callable[[Sequence[str]], Awaitable[Sequence[Example]]]
 
 
 class Evaluator:
     """One service's evaluation, by its configuration."""
 
-    def __init__(self, config: Config, home: Path, engine: EngineThread, base_hash: str) -> None:
+    def __init__(self, config: Config, home: Path, engine: EngineThread, facts: EngineFacts) -> None:
         self._settings, self._home, self._engine = config.evaluation, home, engine
         self._rehearsal = config.rehearsal
-        self._base_hash = base_hash
+        self._facts, self._base_hash = facts, facts.base_hash
         self.anchors = anchor_settings(config, home)
         self._read: tuple[object, AnchorSet] | None = None
         self._reading = asyncio.Lock()
@@ -69,7 +75,7 @@ class Evaluator:
 
         `examples_of` gives the examples of jobs, in the order in which they were accepted.
 
-        Raises `AnchorsUnavailable` if they must be had and cannot be.
+        Raises `AnchorsUnavailable` if they must be had and cannot be, and if there are none to rehearse that should be.
         """
         rehearsed = await self._rehearsed()
         if not self.enabled:
@@ -85,6 +91,7 @@ class Evaluator:
             unavailable = error.message
             self.trouble = f"anchors are not measured: {error.message}"
             log.warning("no anchors", error=error.message)
+        rehearsed, notes = _apart(rehearsed, anchors)
         return Plan(
             rule=self.rule,
             anchors=anchors,
@@ -93,16 +100,24 @@ class Evaluator:
             sample=self._settings.update_sample,
             scale_first=self._settings.scale_first,
             rehearsed=rehearsed,
+            notes=notes,
         )
 
     async def _rehearsed(self) -> tuple[Encoded, ...]:
-        """The anchors that are learnt from: they have a folder of their own. Raises `AnchorsUnavailable`."""
+        """The anchors that are learnt from: they have a folder of their own.
+
+        Raises `AnchorsUnavailable` whatever `require_anchors` says: without what it was to be held to, an update
+        would forget, and figures would only tell afterwards.
+        """
         if self._rehearsal.kl_weight == 0 or "anchors" not in self._rehearsal.sources:
             return ()
         folder = self._home / "data" / "anchors" / "rehearsal"
         settings = replace(self.anchors, provider="local", folder=folder)
-        rows = await asyncio.to_thread(load_rows, settings)
-        found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+        try:
+            rows = await asyncio.to_thread(load_rows, settings)
+            found = await self._engine.encode(lambda encoder: encode(rows, encoder, settings, self._base_hash))
+        except AnchorsUnavailable as error:
+            raise AnchorsUnavailable(error.message, NOTHING_REHEARSED) from error
         return found.documents
 
     async def anchor_set(self, settings: AnchorSettings) -> AnchorSet:
@@ -145,19 +160,69 @@ class Evaluator:
         """
         anchors = await self.anchor_set(settings)
         report(0, len(subjects))
+        contents = [await asyncio.to_thread(_content, subject) for subject in subjects]
         measured = await self._engine.measure(anchors, tuple(subjects), report, threading.Event())
         results = [
             {"checkpoint": subject.name, "against": subject.parent or BASE, **found}
             for subject, found in zip(subjects, measured.results, strict=True)
         ]
-        for result in results:
-            await asyncio.to_thread(self._write, result, measured.anchors)
+        common = {
+            "anchors": measured.anchors,
+            "base_hash": self._base_hash,
+            "at": time.time(),
+            "run": self._conditions(settings),
+        }
+        for subject, content, result in zip(subjects, contents, results, strict=True):
+            await asyncio.to_thread(self._write, subject, {**result, "adapter_hash": content, **common})
         return {"anchors": measured.anchors, "results": results}
 
-    def _write(self, result: dict[str, Any], anchors: dict[str, Any]) -> None:
-        name = f"eval_{Path(result['checkpoint']).name}_{anchors['hash'][:8]}.json"
-        document = {**result, "anchors": anchors, "base_hash": self._base_hash, "at": time.time()}
+    def _conditions(self, settings: AnchorSettings) -> dict[str, Any]:
+        anchors = {**asdict(settings), "folder": str(settings.folder)}
+        config = {"base_model": self._facts.base_model, "anchors": anchors}
+        return conditions(self._facts.backend, self._facts.device, settings.seed, config)
+
+    def _write(self, subject: Subject, document: dict[str, Any]) -> None:
+        """One file for each adapter, what it was compared with, and the anchors."""
+        label = subject.name
+        if subject.folder is not None and not _is_of(self._home, subject):  # other folders may have its name
+            label = f"{subject.folder.resolve().name}-{document['adapter_hash'][:8]}"
+        name = f"eval_{label}_vs_{document['against']}_{document['anchors']['hash'][:8]}.json"
         write_durably(self._home / "metrics" / name, (json.dumps(document, indent=2) + "\n").encode())
+
+
+def _apart(rehearsed: tuple[Encoded, ...], anchors: AnchorSet | None) -> tuple[tuple[Encoded, ...], tuple[str, ...]]:
+    """What is left to learn from without the rows that measure, and a note of how many those are.
+
+    Raises `AnchorsUnavailable` if nothing is left.
+    """
+    measuring = {document.tokens for document in anchors.documents} if anchors else set()
+    left = tuple(row for row in rehearsed if row.tokens not in measuring)
+    if len(left) == len(rehearsed):
+        return rehearsed, ()
+    if not left:
+        raise AnchorsUnavailable("All rows in data/anchors/rehearsal are anchors that measure.", NOTHING_REHEARSED)
+    both = len(rehearsed) - len(left)
+    note = f"{both} of {len(rehearsed)} rows in data/anchors/rehearsal are not rehearsed: they are anchors that measure"
+    return left, (note,)
+
+
+def _is_of(home: Path, subject: Subject) -> bool:
+    """Whether it is a checkpoint of this home, and not any folder."""
+    return is_checkpoint_name(subject.name) and subject.folder == home / "adapters" / subject.name
+
+
+def _content(subject: Subject) -> str | None:
+    """The hash of an adapter's files; None for the base, and for one that cannot be read, nor measured then."""
+    if subject.folder is None:
+        return None
+    digest = hashlib.sha256()
+    try:
+        for name in (CONFIG_FILE, ADAPTER_FILE):
+            with (subject.folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Subject:
@@ -177,9 +242,10 @@ def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Su
     return Subject(name, folder, against or facts["parent"])
 
 
-def checkpoint_names(home: Path) -> list[str]:
-    """Every checkpoint folder of the home, oldest first."""
-    found = [path.name for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+def checkpoint_names(home: Path, base_hash: str) -> list[str]:
+    """Every checkpoint of this base in the home, oldest first. Raises `CheckpointDamaged`."""
+    paths = [path for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+    found = [path.name for path in paths if folders.read(path).get("base_hash") == base_hash]
     return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
 
 

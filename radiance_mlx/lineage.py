@@ -72,7 +72,6 @@ class Lineage:
         for record in await self._store(lambda s: s.checkpoints(self.base_hash)):
             if record.pruned:  # a crash may have come between the row and the folder
                 await asyncio.to_thread(shutil.rmtree, self.folder(record.checkpoint), True)
-        await self._write_curves()  # a crash may have come before them
         await self._serve_newest_sound()
 
     async def leave_damaged(self) -> None:
@@ -133,6 +132,7 @@ class Lineage:
         if checkpoint is not None:
             self.status = (await self._store(lambda s: s.checkpoint(checkpoint))).status
         self.stable = checkpoint
+        await self._write_curves()  # what is stable has changed, or a crash came before they were written
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -228,7 +228,10 @@ class Lineage:
         log.warning("rejected", checkpoint=record.checkpoint, reason=verdict["reason"])
 
     async def _write_curves(self) -> None:
-        """`metrics/curves.jsonl`, from the database: one line a checkpoint. A fault is no fault of what was made."""
+        """`metrics/curves.jsonl`, anew from the database: one line a checkpoint, with its status now.
+
+        A fault is no fault of what was made.
+        """
         try:
             records = await self._store(lambda s: s.checkpoints(self.base_hash))
             lines = "".join(json.dumps(curve_row(record)) + "\n" for record in records)

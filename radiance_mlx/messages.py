@@ -36,6 +36,11 @@ class Example:
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
     text: str = ""
 
+    @property
+    def prompt(self) -> tuple[tuple[str, str], ...]:
+        """What is asked: the messages before the answer; empty for a plain text."""
+        return self.messages[:-1]
+
     def as_dict(self) -> dict[str, Any]:
         """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`."""
         if not self.messages:

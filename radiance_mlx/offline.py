@@ -16,7 +16,7 @@ from .engine.thread import EngineThread
 from .errors import HomeLocked, ModelError, NotFound
 from .evaluation.plan import Subject
 from .evaluator import Evaluator, checkpoint_names, subject_of
-from .messages import BASE
+from .messages import BASE, STABLE
 from .store import HomeLock, Store
 
 
@@ -50,7 +50,7 @@ async def _evaluate(
     try:
         facts = await engine.start()
         (loaded.home / "metrics").mkdir(parents=True, exist_ok=True)
-        evaluator = Evaluator(loaded.config, loaded.home, engine, facts.base_hash)
+        evaluator = Evaluator(loaded.config, loaded.home, engine, facts)
         subjects = _subjects(loaded.home, checkpoints, against, adapter_path, facts.base_hash)
         return await evaluator.evaluate(subjects, replace(evaluator.anchors, **anchors), report)
     finally:
@@ -60,27 +60,29 @@ async def _evaluate(
 def _subjects(
     home: Path, checkpoints: Sequence[str] | None, against: str | None, adapter_path: Path | None, base_hash: str
 ) -> list[Subject]:
+    against = _resolved(home, against, base_hash) if against else None
     if against is not None:
         subject_of(home, against, None, base_hash)  # is it there, and whole?
     if adapter_path is not None:
         if not (adapter_path / "adapters.safetensors").is_file():
             raise ModelError(f"{adapter_path} is no adapter: it has no adapters.safetensors.", "Name its folder.")
         return [Subject(str(adapter_path), adapter_path, against)]
-    names = checkpoint_names(home) if checkpoints is None else list(checkpoints)
+    names = checkpoint_names(home, base_hash) if checkpoints is None else list(checkpoints)
     if not names:
         raise NotFound(
             "There is no checkpoint here yet.", "Teach something first, or measure the base: --checkpoint base."
         )
-    return [subject_of(home, name, against, base_hash) for name in names]
+    return [subject_of(home, _resolved(home, name, base_hash), against, base_hash) for name in names]
 
 
-def current(home: Path) -> str:
-    """The checkpoint that a service on this home would answer from; the base where there is none."""
+def _resolved(home: Path, name: str, base_hash: str) -> str:
+    """`name`, or for "stable" what a service with this base would answer from; the base where there is nothing."""
+    if name != STABLE:
+        return name
     if not (home / "state" / "radiance.db").is_file():
         return BASE
     store = Store(home)
     try:
-        base_hash = store.get("base_hash")
-        return (store.stable(base_hash) if base_hash else None) or BASE
+        return store.stable(base_hash) or BASE
     finally:
         store.close()

@@ -4,6 +4,7 @@ A reconsolidation is a job that is in training from its beginning and has no exa
 what led to the stable checkpoint. Whatever makes it moot puts it aside, and the next idle time begins another.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from .config import Config
@@ -55,8 +56,11 @@ class Reconsolidation:
     async def examples(self, consolidates: str) -> tuple[Example, ...]:
         """All that led to the checkpoint, oldest first, without what has been answered otherwise since."""
         line = await self._store(lambda s: s.lineage(s.checkpoint(consolidates).base_hash, consolidates))
-        rows = await self._log.rows(line)
-        return tuple(still_true([example for _, example in rows], ()))
+        log = [example for _, example in await self._log.rows(line)]
+        places: list[int] = []
+        for _ in still_true(log, (), places):
+            await asyncio.sleep(0)
+        return tuple(log[place] for place in places)
 
     async def batch(self, job: JobRecord, checkpoint: str) -> TrainBatch:
         """What is to be trained. Raises `Cancelled`, with why, if that is moot by now."""

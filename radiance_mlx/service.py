@@ -78,7 +78,7 @@ class Service:
         self.facts = await self._engine.start()
         lineage = Lineage(store, self._engine, self.home, self.facts.base_hash, self.config.storage.keep_checkpoints)
         await lineage.open()
-        self._evaluator = Evaluator(self.config, self.home, self._engine, self.facts.base_hash)
+        self._evaluator = Evaluator(self.config, self.home, self._engine, self.facts)
         self._scheduler = Scheduler(self.config, self.home, store, self._engine, lineage, self._evaluator, self._clock)
         self._lineage = lineage
         self._task = asyncio.create_task(self._scheduler.run(), name="scheduler")

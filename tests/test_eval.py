@@ -8,6 +8,8 @@ import sys
 import pytest
 from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
 
+from radiance_mlx import offline
+from radiance_mlx.errors import NotFound
 from radiance_mlx.evaluation.metrics import NAMES
 from radiance_mlx.models.nano import world
 
@@ -65,6 +67,12 @@ def recorded(home, name):
     return json.loads((home / "metrics" / f"{name}.json").read_text())
 
 
+def evaluated(home, name, against):
+    """What `eval` wrote about a checkpoint, by what it was compared with."""
+    [file] = (home / "metrics").glob(f"eval_{name}_vs_{against}_*.json")
+    return json.loads(file.read_text())
+
+
 # --- by the service ------------------------------------------------------------------------------
 
 
@@ -76,8 +84,13 @@ def test_the_service_measures_what_it_measured_when_it_learnt(asked, taught):
         for name in NAMES:
             assert result[name] == pytest.approx(recorded(taught, result["checkpoint"])[name], abs=1e-5)
     assert (body["checkpoint"], body["checkpoint_status"]) == (ids(taught)[1], "stable")
-    file = taught / "metrics" / f"eval_{ids(taught)[0]}_{body['anchors']['hash'][:8]}.json"
-    assert json.loads(file.read_text())["forgetting_kl"] == body["results"][0]["forgetting_kl"]
+    first, second = (evaluated(taught, *pair) for pair in ((ids(taught)[0], "base"), ids(taught)[::-1]))
+    assert [first["forgetting_kl"], second["forgetting_kl"]] == [r["forgetting_kl"] for r in body["results"]]
+    assert first["adapter_hash"] != second["adapter_hash"]
+    trained = recorded(taught, ids(taught)[0])["run"]
+    same = ("versions", "python", "platform", "backend", "device", "seed")
+    assert {name: first["run"][name] for name in same} == {name: trained[name] for name in same}
+    assert len(first["run"]["config_hash"]) == 64
 
 
 def test_any_two_checkpoints_can_be_compared(asked, taught):
@@ -90,6 +103,8 @@ def test_any_two_checkpoints_can_be_compared(asked, taught):
     assert base["drift_kl"] == pytest.approx(base["forgetting_kl"], abs=1e-6)
     [itself] = asked.post("/eval", json={"checkpoints": ["stable"], "against": "stable"}).json()["results"]
     assert abs(itself["drift_kl"]) < 1e-5
+    for against, result in ((first, forth), ("base", base), (second, itself)):  # none has overwritten another
+        assert evaluated(taught, second, against)["drift_kl"] == result["drift_kl"]
 
 
 def test_a_stream_tells_how_far_it_is(asked):
@@ -137,15 +152,26 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_advice(asked, monkeypatch
 
 
 def test_without_a_service_the_same_is_measured_here(taught):
-    """`--json` has nothing but JSON on stdout."""
-    code, out, err = command(taught, "--checkpoint", "all", "--json")
+    """`--json` has nothing but JSON on stdout; what is stable has that name here too."""
+    code, out, err = command(taught, "--checkpoint", "all", "--against", "stable", "--json")
     assert code == 0, err
     results = json.loads(out)["results"]
-    assert [r["checkpoint"] for r in results] == ids(taught)
+    assert [(r["checkpoint"], r["against"]) for r in results] == [(name, ids(taught)[1]) for name in ids(taught)]
     for result in results:
         assert result["forgetting_kl"] == pytest.approx(
             recorded(taught, result["checkpoint"])["forgetting_kl"], abs=1e-5
         )
+
+
+def test_stable_is_what_a_service_would_answer_from(taught, tmp_path):
+    """Of this base: with another one nothing has been learnt, and there is nothing to measure."""
+    first, second = ids(taught)
+    base_hash = json.loads((taught / "adapters" / first / "checkpoint.json").read_text())["base_hash"]
+    for home, base, name in ((taught, base_hash, second), (taught, "another", "base"), (tmp_path, base_hash, "base")):
+        [subject] = offline._subjects(home, ["stable"], "stable", None, base)
+        assert (subject.name, subject.parent) == (name, name)
+    with pytest.raises(NotFound):
+        offline._subjects(taught, None, None, None, "another")
 
 
 def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, taught):
@@ -180,6 +206,9 @@ def test_any_adapter_that_mlx_lm_reads_can_be_measured(tmp_path, taught):
     assert code == 0, err
     [result] = json.loads(out)["results"]
     assert result["forgetting_kl"] == pytest.approx(recorded(taught, first)["forgetting_kl"], abs=1e-5)
+    [file] = (tmp_path / "metrics").glob("eval_*.json")
+    content = json.loads(file.read_text())["adapter_hash"]
+    assert file.name.startswith(f"eval_{first}-{content[:8]}_vs_base_")  # other folders may have that name
 
 
 @pytest.mark.parametrize(

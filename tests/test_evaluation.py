@@ -1,7 +1,7 @@
 """Metrics and intervals: by hand on three tokens, by simulation, and against a plain forward pass."""
 
 import math
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ from radiance_mlx.evaluation.divergence import agreement, kl, log_softmax, refer
 from radiance_mlx.evaluation.measuring import Documents, Measured, measure
 from radiance_mlx.evaluation.metrics import NAMES, AnchorSums, anchor_metrics, kept_gain, nothing_measured
 from radiance_mlx.evaluation.policy import Rule, judge
-from radiance_mlx.evaluation.statistics import estimate
+from radiance_mlx.evaluation.statistics import DRAWN_AT_ONCE, estimates
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.targets import find_targets
@@ -50,10 +50,26 @@ def per_document(values):
     return np.array([values[:2].sum(), values[2:].sum()])
 
 
+def metrics_of(sums):
+    """All metrics of `sums`."""
+    out = {}
+    for _ in anchor_metrics(sums, out):
+        assert not out
+    return out
+
+
+def estimate(sums, tokens, **options):
+    """A single estimate."""
+    out = {}
+    for _ in estimates({"it": sums}, tokens, out, **options):
+        pass
+    return out["it"]
+
+
 def three_token_metrics():
     base, parent = reference(log(BASE), mx.array(CAME)), reference(log(PARENT), mx.array(CAME))
     new = log(NEW)
-    return anchor_metrics(
+    return metrics_of(
         AnchorSums(
             tokens=np.array([2, 1]),
             base_entropy=per_document(base.entropy),
@@ -135,6 +151,22 @@ def test_a_paired_difference_is_surer_than_two_means():
     paired = estimate(other - one, tokens)
     assert paired.low > 0
     assert paired.high - paired.low < 0.1 * (estimate(one, tokens).high - estimate(one, tokens).low)
+
+
+def test_drawing_gives_others_a_turn(monkeypatch):
+    """However much is drawn at once, the estimates are the same."""
+    rng = np.random.default_rng(2)
+    tokens, sums = rng.integers(1, 9, size=300), {"one": rng.normal(size=300), "other": rng.normal(size=300)}
+    found, turns = [], []
+    for at_once in (DRAWN_AT_ONCE, 1, 10**9):
+        monkeypatch.setattr("radiance_mlx.evaluation.statistics.DRAWN_AT_ONCE", at_once)
+        out = {}
+        turns.append(sum(1 for _ in estimates(sums, tokens, out)))
+        found.append(out)
+    assert turns == [7, 2000, 1]
+    for name, estimate in found[0].items():
+        for other in found[1:]:
+            assert astuple(other[name]) == pytest.approx(astuple(estimate), abs=1e-12)
 
 
 @pytest.mark.parametrize(("sums", "tokens"), [([], []), ([1.0], [0]), ([1.0, 2.0], [1])])
@@ -221,17 +253,18 @@ def tree_and_head(model, *, grown, with_head=True):
 
 
 def run(pieces):
-    barriers = 0
+    """Evaluate; the most arrays that came together."""
+    most = 0
     for piece in pieces:
         mx.eval(piece.arrays)
-        barriers += piece.barrier
-    return barriers
+        most = max(most, len(piece.arrays))
+    return most
 
 
 @pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("pass_tokens", [1, 64, 512])
 def test_measuring_in_pieces_is_a_plain_forward_pass(monkeypatch, with_head, pass_tokens):
-    """Whatever shares a pass; each document's tokens in their place; dropout is off."""
+    """Whatever shares a pass; each document's tokens in their place; dropout is off; nothing comes in one go."""
     monkeypatch.setattr("radiance_mlx.evaluation.measuring.PASS_TOKENS", pass_tokens)
     model = tiny.model(scale=2.0)
     documents = Documents(encoded(12))
@@ -240,7 +273,7 @@ def test_measuring_in_pieces_is_a_plain_forward_pass(monkeypatch, with_head, pas
     run(measure(base_tree, base_head, documents, {}, base, keep=True, k=tiny.VOCAB))
     tree, head = tree_and_head(model, grown=True, with_head=with_head)
     found = Measured.empty(documents, ["base"])
-    run(measure(tree, head, documents, {"base": base.own}, found))
+    assert run(measure(tree, head, documents, {"base": base.own}, found)) == 1
     tree.module.eval()
     for number, document in enumerate(documents.encoded):
         tokens = mx.array([document.tokens])
@@ -265,7 +298,7 @@ def test_an_adapter_that_does_nothing_has_forgotten_nothing():
     run(measure(tree, head, documents, {"base": base.own}, again))
     sums = documents.sums
     entropies = sums(np.array(base.own.entropy))
-    got = anchor_metrics(
+    got = metrics_of(
         AnchorSums(
             tokens=documents.counts,
             base_entropy=entropies,

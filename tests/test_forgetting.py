@@ -301,14 +301,21 @@ def test_what_could_not_be_learnt_is_refused_without_any_anchors(tmp_path):
 
 
 def test_going_back_and_forth_makes_nothing_of_a_risky_checkpoint(home):
-    """It serves as risky again."""
+    """It serves as risky again; the curves say so too."""
     flags = {**LOCAL, "evaluation.rollback_mode": "warn", "evaluation.catastrophic_delta": ALWAYS}
+
+    def in_curves():
+        lines = (home / "metrics" / "curves.jsonl").read_text().splitlines()
+        return [json.loads(line)["status"] for line in lines]
+
     with running(home, flags) as service:
         first, second = service.learn(FACTS[0]), service.learn(FACTS[1])
         service.call(service.service.rollback(first, "back"))
         assert service.checkpoints()[second].status == "rolled_back"
+        assert in_curves() == ["risky", "rolled_back"]
         service.call(service.service.rollback(second, "and forth"))
         assert service.checkpoints()[second].status == "risky"
+        assert in_curves() == ["risky", "risky"]
         assert service.service.current == (second, "risky")
 
 

@@ -10,7 +10,8 @@ from running import QUICK, running
 from radiance_mlx.config import Config, load_config
 from radiance_mlx.config.schema import RehearsalSection, ReplaySection
 from radiance_mlx.engine import backend
-from radiance_mlx.engine.lasting import Asked, Lasting, Lesson, latest
+from radiance_mlx.engine.asked import Asked
+from radiance_mlx.engine.lasting import Lasting, Lesson
 from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.rewording import Wordings
 from radiance_mlx.errors import ConfigError
@@ -33,6 +34,10 @@ SMALL = {
 def facts(i, wording=0):
     name, about = PEOPLE[i]
     return [(world.ask(name, r, wording), world.answer(name, r, about[r])) for r in ("city", "job")]
+
+
+def pair(question, answer):
+    return Example(messages=(("user", question), ("assistant", answer)))
 
 
 def taught(service, *numbers):
@@ -68,18 +73,24 @@ def test_rehearsal_holds_each_step_to_the_base(tmp_path, sources):
 
 
 def test_anchors_that_are_rehearsed_have_a_folder_of_their_own(tmp_path):
-    """Without it the job fails and says where to put them: it was asked for."""
+    """Without it, or with nothing but rows that measure, the job fails and says what to do: it was asked for."""
     flags = {**SMALL, "rehearsal.kl_weight": 1.0, "rehearsal.sources": ["anchors"]}
+    flags |= {"evaluation.anchor_provider": "local", "evaluation.require_anchors": False}
+    folder = tmp_path / "data" / "anchors"
+    (folder / "rehearsal").mkdir(parents=True)
+    lines = [json.dumps({"input": q, "output": a}) + "\n" for q, a in world.facts(world.KNOWN[:2])]
+    (folder / "a.jsonl").write_text("".join(lines[:3]))
     with running(tmp_path, flags) as service:
-        job = service.wait(service.post(*facts(0)), "failed")
-        assert job.error["code"] == "anchors_unavailable"
-        assert "rehearsal" in job.error["message"]
-        folder = tmp_path / "data" / "anchors" / "rehearsal"
-        folder.mkdir(parents=True)
-        rows = [{"prompt": q, "completion": a} for q, a in world.facts(world.KNOWN[:4])]
-        (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        [name] = taught(service, 1)
-        assert all("kl" in row for row in curve(service, name))
+        for rehearsed in ("", "".join(lines[1:3])):
+            (folder / "rehearsal" / "b.jsonl").write_text(rehearsed)
+            job = service.wait(service.post(*facts(0)), "failed")
+            assert job.error["code"] == "anchors_unavailable"
+            assert "rehearsal" in job.error["message"]
+            assert "rehearsal.sources" in job.error["hint"]
+        (folder / "rehearsal" / "b.jsonl").write_text("".join(lines[1:]))
+        job = service.wait(service.post(*facts(1)), "published")
+        assert [note for note in job.notes if f"2 of {len(lines) - 1} rows" in note]
+        assert all("kl" in row for row in curve(service, job.checkpoint))
 
 
 def test_replay_keeps_what_the_last_update_taught(tmp_path):
@@ -133,12 +144,16 @@ def test_what_the_base_said_to_its_own_wordings_is_kept(tmp_path):
         assert file.read_bytes() == kept
 
 
+def still_true_of(log, new, *worded):
+    """What of `log` still holds."""
+    places = []
+    for _ in still_true(log, new, places, *worded):
+        pass
+    return [log[place] for place in places]
+
+
 def test_a_fact_that_is_changed_in_another_wording_is_not_replayed():
     """To the base both wordings are one question: the old answer would be taught beside the new one."""
-
-    def pair(question, answer):
-        return Example(messages=(("user", question), ("assistant", answer)))
-
     same = {"a": "A", "A": "a"}
 
     def worded(example):
@@ -146,10 +161,9 @@ def test_a_fact_that_is_changed_in_another_wording_is_not_replayed():
         return [pair(*words) for words in found]
 
     log = [pair("a", "1"), pair("b", "2"), Example(text="t"), pair("A", "3")]
-    for new, places in (([], [1, 2, 3]), ([pair("a", "4")], [1, 2])):
-        found = []
-        tiny.drive(latest(log, new, worded, found))
-        assert found == places
+    assert still_true_of(log, [], worded) == log[1:]
+    assert still_true_of(log, [pair("a", "4")], worded) == log[1:3]
+    assert still_true_of(log, [pair("a", "4")]) == log[1:]
 
 
 def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
@@ -178,12 +192,8 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
 
 def test_of_equal_prompts_the_last_answer_counts():
     """What is taught anew is not replayed, nor what was overwritten before."""
-
-    def pair(question, answer):
-        return Example(messages=(("user", question), ("assistant", answer)))
-
     log = [pair("a", "1"), pair("b", "2"), Example(text="t"), pair("a", "3"), Example(text="t")]
-    assert still_true(log, [pair("b", "9")]) == [Example(text="t"), pair("a", "3"), Example(text="t")]
+    assert still_true_of(log, [pair("b", "9")]) == log[2:]
 
 
 def test_a_preset_is_below_the_keys_that_are_set_and_above_the_bases_own(tmp_path):
@@ -219,10 +229,6 @@ def nano():
 
 REWORDING = RehearsalSection(rewording=True, samples=200, sample_tokens=40)
 NEAR = RehearsalSection(kl_weight=1.0, sources=["neighbours"], samples=8, sample_tokens=40, neighbours=2)
-
-
-def pair(question, answer):
-    return Example(messages=(("user", question), ("assistant", answer)))
 
 
 def asked_base(nano, home, **template_args):

@@ -154,10 +154,15 @@ def test_the_teacher_keeps_the_order_and_needs_no_company(base):
 
 
 def test_the_teacher_can_be_cut(base):
-    """Each adapted linear is a place to cut, as in training; the tree trains on afterwards as if nothing had been."""
+    """At each adapted linear, as in training, and after each step from the logits to what is kept.
+
+    The tree trains on afterwards as if nothing had been.
+    """
     tree, out = tiny.tree(base, dropout=0.3), []
     pieces = list(teacher(tree, None, tiny.examples(3), out, batch_size=2))
-    assert len(pieces) == 2 * (3 * 4 + 1)
+    assert len(pieces) == 2 * (3 * 4 + 5)
+    assert {len(piece.arrays) for piece in pieces} == {1}
+    assert sum(piece.barrier for piece in pieces) == 2 * 5
     assert tree.module.training
     assert tree.tape.outputs == []
 

@@ -11,7 +11,7 @@ import tiny
 from radiance_mlx.lora.batches import batch_stream, shuffled, turns
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.head import install_head
-from radiance_mlx.lora.replay import Replay, replay_stream, reservoir, sharing_a_tag, still_true
+from radiance_mlx.lora.replay import Replay, replay_stream, reservoir
 from radiance_mlx.lora.trainer import Trainer
 
 
@@ -155,21 +155,6 @@ def test_a_reservoir_is_a_uniform_sample():
     assert all(abs(counts[i] / 2000 - 0.25) < 0.05 for i in range(20))
     assert reservoir(range(20), 5, (0, 1)) == reservoir(iter(range(20)), 5, (0, 1))
     assert reservoir(range(3), 5, (0, 1)) == [0, 1, 2]
-
-
-def test_examples_that_share_a_tag():
-    """One tag in common is enough; examples without tags share none."""
-    log = [("a", {"user:alice"}), ("b", {"user:bob"}), ("c", {"user:alice", "work"}), ("d", set())]
-    assert list(sharing_a_tag(log, ["user:alice", "home"])) == ["a", "c"]
-    assert list(sharing_a_tag(log, [])) == []
-
-
-def test_what_has_been_answered_otherwise_since_is_not_replayed():
-    """Of equal prompts the last one counts, and none that the new examples answer."""
-    old, newer, other = Encoded((1, 2, 7), 2), Encoded((1, 2, 8), 2), Encoded((3, 4, 7), 2)
-    text = Encoded((1, 2, 7), 0)
-    assert still_true([old, other, newer, text], []) == [other, newer, text]
-    assert still_true([old, other, newer, text], [Encoded((3, 4, 9), 2)]) == [newer, text]
 
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5), (3.0, 1.0), (0.2, 0.3, 0.5)])

@@ -10,6 +10,7 @@ from running import ENDLESS, FACTS, QUICK, REFUSALS, Gate, example, nothing_left
 
 from radiance_mlx.config.bases import NANO_FOLDER
 from radiance_mlx.engine.decoder import Decoder
+from radiance_mlx.engine.preparing import Preparation
 from radiance_mlx.engine.training import TrainingTask
 from radiance_mlx.errors import (
     Busy,
@@ -471,15 +472,15 @@ def test_a_bug_while_training_fails_that_job_and_nothing_else(tmp_path, monkeypa
 
 
 def test_a_bug_while_preparing_a_batch_fails_that_job_and_nothing_else(tmp_path, monkeypatch):
-    prepare = TrainingTask._prepare
+    make = Preparation._make_trainer
     broken = [True]
 
     def broken_once(self):
         if broken:
             raise ZeroDivisionError(broken.pop())
-        return prepare(self)
+        return make(self)
 
-    monkeypatch.setattr(TrainingTask, "_prepare", broken_once)
+    monkeypatch.setattr(Preparation, "_make_trainer", broken_once)
     with running(tmp_path) as service:
         bad, good = service.post_many([[FACTS[0]], [FACTS[1]]])
         service.wait(bad, "failed")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import ServiceUnreachable
+from ..messages import STABLE
 from . import output
 from .options import AsJson, ConfigFile, Home, Token, Url, examples
 
@@ -30,11 +31,11 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="An id, base, or all. Else the one that answers now.", metavar="ID", show_default=False),
+        typer.Option(help="An id, base, all, or stable, which is the default.", metavar="ID", show_default=False),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Compare with this checkpoint instead of the parent.", metavar="ID", show_default=False),
+        typer.Option(help="Instead of the parent: an id, stable, or base.", metavar="ID", show_default=False),
     ] = None,
     adapter_path: Annotated[
         Path | None,
@@ -102,7 +103,7 @@ def _by_the_service(
 
     url, home, config, token = where
     fields = {f"anchor_{name}": list(value) if name == "columns" else value for name, value in anchors.items()}
-    wanted = None if checkpoint == "all" else [checkpoint or "stable"]
+    wanted = None if checkpoint == "all" else [checkpoint or STABLE]
     with connect(url, home=home, config_file=config, token=token) as client:
         if url is None and not client.is_ready():
             return None
@@ -129,17 +130,10 @@ def _here(
 
     flags = {"base_model": base_model} if base_model else {}
     loaded = load_config(config_file=config, home=home, flags=flags)
-    names = None if checkpoint == "all" else [_current(loaded.home) if checkpoint in (None, "stable") else checkpoint]
+    names = None if checkpoint == "all" else [checkpoint or STABLE]
     _log_warnings_only()
     output.remark(f"no service is asked: loading {loaded.config.base_model} here …")
     return offline.evaluate(loaded, names, against, adapter_path, anchors, bar.show)
-
-
-def _current(home: Path) -> str:
-    """What would answer if a service started on this home."""
-    from .. import offline
-
-    return offline.current(home)
 
 
 def _log_warnings_only() -> None:

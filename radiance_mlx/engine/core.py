@@ -156,7 +156,7 @@ class Engine:
                 bank_bytes=self._bank.nbytes,
                 context=self._base.context,
                 head_on_targets=self._head_on_targets,
-                backend=self._backend.name,
+                backend=self._backend,
                 report=report,
                 cancelled=cancelled,
                 plan=plan,

@@ -63,7 +63,8 @@ class AnchorMeter:
         against = {"base": base.reference, **({"parent": before.reference} if before is not None else {})}
         found = Measured.empty(self.documents, list(against))
         yield from measure(tree, head, self.documents, against, found, keep=bool(name))
-        out.update(anchor_metrics(self._sums(found, base, before)))
+        for _ in anchor_metrics(self._sums(found, base, before), out):
+            yield Piece([], barrier=True)
         if name and found.own is not None:
             self._kept.save(name, Kept(found.own, self.documents.sums(found.kl["base"])))
             self._kept.keep_only({BASE, name, parent or BASE})

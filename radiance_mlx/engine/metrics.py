@@ -1,19 +1,14 @@
 """What `metrics/<checkpoint>.json` holds: the batch's curves and where they were measured."""
 
-import hashlib
-import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import mlx.core as mx
 
-from .. import __version__
 from ..evaluation.metrics import nothing_measured
 from ..lora.trainer import Trainer
 from ..messages import TrainBatch
-
-_PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
+from .backend import Backend
+from .conditions import conditions
 
 
 def training_metrics(
@@ -21,7 +16,7 @@ def training_metrics(
     batch: TrainBatch,
     final_loss: float,
     config: dict[str, Any],
-    backend: str,
+    backend: Backend,
     seconds: float,
 ) -> dict[str, Any]:
     """Losses in nats per answer token; `finetune_loss` is over all that was learnt, after the last step.
@@ -51,20 +46,7 @@ def training_metrics(
         "peak_memory_bytes": mx.get_peak_memory(),
         "curves": {"finetune_loss": steps, "eval_loss": trainer.history.evals},
         "run": {
-            "versions": {"radiance-mlx": __version__, **{name: _version(name) for name in _PACKAGES}},
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "backend": backend,
-            "device": str(mx.device_info().get("device_name", platform.machine())),
-            "seed": trainer.settings.seed,
-            "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            **conditions(backend.name, backend.device, trainer.settings.seed, config),
             "data_hash": batch.data_hash,
         },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

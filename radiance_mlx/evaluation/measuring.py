@@ -13,7 +13,7 @@ import numpy as np
 from ..lora.batches import batches_once
 from ..lora.encoding import Encoded
 from ..lora.head import TargetRows
-from ..lora.step import Piece, noted, quiet_logits
+from ..lora.step import Piece, in_order, noted, quiet_logits
 from ..lora.tree import TrainingTree
 from .divergence import TOP_K, Reference, agreement, kl, log_softmax, reference
 
@@ -100,7 +100,9 @@ def measure(
         found = reference(logprobs, mx.array(targets), k)
         compared = {name: _compared(ref, mx.array(rows), logprobs) for name, ref in against.items()}
         arrays = found.arrays() if keep else {"target": found.target}
-        yield Piece([*arrays.values(), *(array for pair in compared.values() for array in pair)], barrier=True)
+        computed = [logits, logprobs, *arrays.values(), *(array for pair in compared.values() for array in pair)]
+        del logits, logprobs  # large with a large vocabulary, and each of what comes of them takes a while
+        yield from in_order(computed)
         out.target[rows] = np.array(found.target)
         for name, (divergence, same) in compared.items():
             out.kl[name][rows], out.agreement[name][rows] = np.array(divergence), np.array(same)

@@ -15,12 +15,13 @@ The divergences are lower bounds where the vocabulary is larger than what is kep
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .statistics import Estimate, estimate
+from .statistics import Estimate, estimates
 
 NAMES = (
     "forgetting_loss",
@@ -56,29 +57,33 @@ class AnchorSums:
     parent_base_kl: Sums | None = None
 
 
-def anchor_metrics(sums: AnchorSums, *, seed: int = 0) -> dict[str, Any]:
-    """`{name: mean or None, …, "intervals": {name: [low, high], …}}` for all of `NAMES`."""
-    found: dict[str, Estimate] = {}
+def anchor_metrics(sums: AnchorSums, out: dict[str, Any], *, seed: int = 0) -> Iterator[None]:
+    """Put `{name: mean or None, …, "intervals": {name: [low, high], …}}` for all of `NAMES` into `out`.
 
-    def add(name: str, values: Sums | None) -> None:
-        if values is not None:
-            found[name] = estimate(values, sums.tokens, seed=seed)
-
-    add("forgetting_loss", sums.base_entropy + sums.base_kl)
-    add("forgetting_kl", sums.base_kl)
-    add("anchor_ce_delta", sums.base_target - sums.target)
-    add("base_agreement", sums.agreement)
+    Yields now and then, and is done when it ends.
+    """
+    wanted: dict[str, Sums | None] = {
+        "forgetting_loss": sums.base_entropy + sums.base_kl,
+        "forgetting_kl": sums.base_kl,
+        "anchor_ce_delta": sums.base_target - sums.target,
+        "base_agreement": sums.agreement,
+        "drift_kl": sums.parent_kl,
+    }
     if sums.parent_kl is not None and sums.parent_entropy is not None:
-        add("drift_loss", sums.parent_entropy + sums.parent_kl)
-        add("drift_kl", sums.parent_kl)
+        wanted["drift_loss"] = sums.parent_entropy + sums.parent_kl
     if sums.parent_base_kl is not None:
-        add("forgetting_loss_delta", sums.base_kl - sums.parent_base_kl)
-    divergence = found["forgetting_kl"]
-    found["retention_score"] = Estimate(
-        math.exp(-max(0.0, divergence.mean)), math.exp(-max(0.0, divergence.high)), math.exp(-max(0.0, divergence.low))
-    )
-    means = {name: found[name].mean if name in found else None for name in NAMES}
-    return {**means, "intervals": {name: [e.low, e.high] for name, e in found.items()}}
+        wanted["forgetting_loss_delta"] = sums.base_kl - sums.parent_base_kl
+    found: dict[str, Estimate] = {}
+    known = {name: values for name, values in wanted.items() if values is not None}
+    yield from estimates(known, sums.tokens, found, seed=seed)
+    found["retention_score"] = _retention(found["forgetting_kl"])
+    out.update({name: found[name].mean if name in found else None for name in NAMES})
+    out["intervals"] = {name: [found[name].low, found[name].high] for name in NAMES if name in found}
+
+
+def _retention(divergence: Estimate) -> Estimate:
+    mean, low, high = (math.exp(-max(0.0, nats)) for nats in (divergence.mean, divergence.high, divergence.low))
+    return Estimate(mean, low, high)
 
 
 def nothing_measured() -> dict[str, Any]:

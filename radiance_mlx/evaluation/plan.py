@@ -23,7 +23,7 @@ class EarlierUpdate:
 class Plan:
     """`anchors` None: none are measured, or they could not be had, for the reason `unavailable`.
 
-    `rehearsed` are anchors to learn from, which are never those that measure.
+    `rehearsed` are anchors to learn from, which are never those that measure. `notes` are for the job.
 
     `sample` examples of an update stand for it: its own now, and the `earlier` ones'.
     """
@@ -36,6 +36,7 @@ class Plan:
     scale_first: bool = False
     seed: int = 0
     rehearsed: tuple[Encoded, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

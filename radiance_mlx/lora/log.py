@@ -1,15 +1,39 @@
 """What of the log of earlier examples still holds. Pure, and without arrays: the event loop asks too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..messages import Example
 
+#: so many examples are looked at before others get a turn
+LOOKED_AT = 32
 
-def still_true(log: Sequence[Example], new: Sequence[Example]) -> list[Example]:
-    """`log` (oldest first) without what has been answered otherwise since: of equal prompts the last one counts.
 
-    A prompt that is in `new` is left out too, with whatever answer it had. Plain texts all stay.
+def still_true(
+    log: Sequence[Example],
+    new: Sequence[Example],
+    out: list[int],
+    worded: Callable[[Example], Sequence[Example]] = lambda example: (),
+) -> Iterator[None]:
+    """Append to `out` the places in `log` (oldest first) of what has not been answered otherwise since.
+
+    That is what no later example, nor one of `new`, asks again, in its own words or in those that `worded` gives for
+    it. Plain texts all stay. Yields now and then, and is done when it ends.
     """
-    last = {e.messages[:-1]: i for i, e in enumerate(log)}
-    asked = {e.messages[:-1] for e in new}
-    return [e for i, e in enumerate(log) if not (p := e.messages[:-1]) or (last[p] == i and p not in asked)]
+
+    def prompts(example: Example) -> set[tuple[tuple[str, str], ...]]:
+        return {asked for e in (example, *worded(example)) if (asked := e.prompt)}
+
+    answered = set[tuple[tuple[str, str], ...]]()
+    for number, example in enumerate(new, 1):
+        answered |= prompts(example)
+        if number % LOOKED_AT == 0:
+            yield
+    kept = []
+    for place in reversed(range(len(log))):
+        own = prompts(log[place])
+        if not own & answered:
+            kept.append(place)
+        answered |= own
+        if place % LOOKED_AT == 0:
+            yield
+    out.extend(reversed(kept))

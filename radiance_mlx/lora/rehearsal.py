@@ -28,7 +28,7 @@ from .distributions import kl, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
-from .step import Piece, noted, quiet_logits, target_logits
+from .step import Piece, in_order, noted, quiet_logits, target_logits
 from .tree import TrainingTree
 
 #: likeliest next tokens of which the probability is kept
@@ -86,9 +86,12 @@ def teacher(
         chunk = [rows[i] for i in places]
         (batch,) = batches_once(chunk, batch_size=len(chunk), max_tokens=max(len(row.tokens) for row in chunk))
         logits, _ = quiet_logits(tree, head, batch)
-        kept = likeliest(log_softmax(logits), top)
+        logprobs = log_softmax(logits)
+        kept = likeliest(logprobs, top)
         yield from noted(tree)
-        yield Piece(list(kept), barrier=True)
+        computed = [logits, logprobs, *kept]
+        del logits, logprobs
+        yield from in_order(computed)
         made.update(zip(places, _split(chunk, *map(np.array, kept)), strict=True))
     out.extend(made[i] for i in range(len(rows)))
 

@@ -10,7 +10,7 @@ Reservoir sampling: Vitter, Random sampling with a reservoir, 1985 (algorithm R)
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -79,22 +79,6 @@ def reservoir(log: Iterable[Item], size: int, seed: Sequence[int]) -> list[Item]
         elif (place := int(rng.integers(position + 1))) < size:
             kept[place] = item
     return kept
-
-
-def sharing_a_tag(log: Iterable[tuple[Item, Collection[str]]], tags: Collection[str]) -> Iterator[Item]:
-    """Of (item, its tags), in order, the items that have at least one of `tags`."""
-    wanted = set(tags)
-    return (item for item, own in log if wanted.intersection(own))
-
-
-def still_true(log: Sequence[Encoded], new: Sequence[Encoded]) -> list[Encoded]:
-    """`log` (oldest first) without what has been answered otherwise since: of equal prompts the last one counts.
-
-    A prompt that is in `new` is left out too, with whatever answer it had. Examples without a masked prompt all stay.
-    """
-    last = {e.tokens[: e.offset]: i for i, e in enumerate(log)}
-    asked = {e.tokens[: e.offset] for e in new}
-    return [e for i, e in enumerate(log) if not e.offset or (last[p := e.tokens[: e.offset]] == i and p not in asked)]
 
 
 def replay_stream(

@@ -73,6 +73,15 @@ def noted(tree: TrainingTree) -> Iterator[Piece]:
         yield piece
 
 
+def in_order(arrays: list[mx.array]) -> Iterator[Piece]:
+    """`arrays`, each computed from those before it, one at a time and each a barrier: they may be large.
+
+    Takes them out of the list: evaluated ones must not be held.
+    """
+    while arrays:
+        yield Piece([arrays.pop(0)], barrier=True)
+
+
 class LossFunction:
     """mlx-lm's `default_loss`, or the same over target rows only where the head allows it."""
 

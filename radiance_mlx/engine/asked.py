@@ -1,0 +1,162 @@
+"""The frozen base, to be asked: what it says by itself and how it answers. What has been asked once is kept.
+
+A base says the same to the same question, so all of this is a cache: what cannot be read is asked again.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import mlx.nn as nn
+import structlog
+
+from ..checkpoints.folder import remove_unfinished, replace_folder, unfinished
+from ..config.schema import RehearsalSection
+from ..errors import CheckpointDamaged
+from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.head import install_head
+from ..lora.rehearsal import Rehearsed, load_rows, save_rows, teacher
+from ..lora.step import Piece
+from ..lora.targets import Targets
+from ..lora.tree import adapter_tree, idle_adapter
+from ..store.files import write_durably
+from .rewording import Wordings
+from .speaking import say_anything
+
+log = structlog.get_logger(__name__)
+
+
+class Asked:
+    """The frozen base, to be asked; what it says by itself is drawn once and kept in `folder`."""
+
+    def __init__(
+        self, module: nn.Module, vocab_size: int, encoder: ChatEncoder, targets: Targets, folder: Path, key: str
+    ) -> None:
+        self.module, self.encoder = module, encoder
+        self._vocab_size, self._targets = vocab_size, targets
+        self.folder = folder / key[:16]
+        self.count = cache(self._count)
+        self.asked_with = json.dumps(encoder.template_args, sort_keys=True, default=str)
+        self._marks = tuple(encoder.tokenizer.all_special_tokens)
+
+    def taught_by(self, rows: Sequence[Encoded], out: list[Rehearsed]) -> Iterator[Piece]:
+        """Append `rows` with the base's own distributions to `out`."""
+        tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
+        yield from teacher(tree, install_head(tree.module, self._vocab_size), rows, out)
+
+    def least_sure(self, prompts: Sequence[list[int]], count: int, out: list[list[int]]) -> Iterator[Piece]:
+        """Append to `out` the `count` prompts to which the base is least sure how to begin its answer.
+
+        There the smallest push changes the answer.
+        """
+        begun: list[Rehearsed] = []
+        yield from self.taught_by([Encoded((*prompt, prompt[-1]), len(prompt)) for prompt in prompts], begun)
+        order = sorted(range(len(prompts)), key=lambda i: float(begun[i].logprobs.max()))
+        out.extend(prompts[i] for i in sorted(order[:count]))
+
+    def samples(self, settings: RehearsalSection, out: list[Rehearsed]) -> Iterator[Piece]:
+        """What it says by itself: from the disk, or drawn now and kept."""
+        facts = {
+            "count": settings.samples,
+            "max_tokens": settings.sample_tokens,
+            "seed": settings.sample_seed,
+            "asked_with": self.asked_with,
+        }
+        place = self.folder / "self"
+        try:
+            rows, kept = load_rows(place)
+            if kept == facts:
+                out.extend(rows)
+                return
+        except CheckpointDamaged:
+            pass  # not there yet, or not whole: drawn again
+        said: list[Encoded] = []
+        yield from say_anything(
+            self.module,
+            self.encoder,
+            count=settings.samples,
+            max_tokens=settings.sample_tokens,
+            seed=settings.sample_seed,
+            out=said,
+        )
+        yield from self.taught_by(said, out)
+        _save(place, out, facts)
+
+    def recall(self, wordings: Wordings) -> None:
+        """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            kept = json.loads(self._wordings.read_text(encoding="utf-8"))
+            if kept["names"] == wordings.names and kept["asked_with"] == self.asked_with:
+                wordings.recall(kept["answers"])
+
+    def remember(self, wordings: Wordings) -> None:
+        """Keep the base's answers to its own wordings: they are the same for every update."""
+        own = {wording: given for wording, given in wordings.answers.items() if wording in wordings.own}
+        document = {"names": wordings.names, "asked_with": self.asked_with, "answers": own}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self._wordings, json.dumps(document).encode())
+        except OSError as error:
+            _not_kept(self._wordings, error)
+
+    def near(self, checkpoint: str) -> list[Rehearsed]:
+        """The neighbours that were made for an earlier update; none if it had none, or was asked otherwise."""
+        try:
+            rows, facts = load_rows(self.folder / "near" / checkpoint)
+        except CheckpointDamaged:
+            return []
+        return rows if facts == {"asked_with": self.asked_with} else []
+
+    def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
+        """Keep the neighbours of an update for those after it."""
+        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with})
+
+    def sweep(self) -> None:
+        """Delete what a crash left half written."""
+        for folder in (self.folder, self.folder / "near"):
+            with contextlib.suppress(OSError):
+                remove_unfinished(folder)
+
+    def keep_only(self, checkpoints: Collection[str]) -> None:
+        """Delete the neighbours of all updates but these."""
+        near = self.folder / "near"
+        for folder in near.iterdir() if near.is_dir() else ():
+            if folder.name not in checkpoints:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def _wordings(self) -> Path:
+        return self.folder / "wordings.json"
+
+    def text(self, row: Encoded, start: int = 0) -> str:
+        """A row's tokens from `start` on, as text."""
+        return str(self.encoder.tokenizer.decode(list(row.tokens[start:])))
+
+    def turns(self, chat: str) -> list[str]:
+        """What users and assistants say in a rendered chat: whatever stands between its special tokens."""
+        for mark in self._marks:
+            chat = chat.replace(mark, "\0")
+        return [part.split("\n", 1)[-1].strip() for part in chat.split("\0") if part.strip()]
+
+    def _count(self, word: str) -> int:
+        """Tokens of a word within a text."""
+        encode = self.encoder.tokenizer.encode
+        return min(len(encode(text, add_special_tokens=False)) for text in (word, " " + word))
+
+
+def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object]) -> None:
+    """Whole or not at all; where it cannot be written, nothing is kept."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        written = unfinished(place.parent, place.name)
+        save_rows(written, rows, facts)
+        replace_folder(written, place)
+    except (OSError, RuntimeError) as error:  # MLX raises the latter
+        _not_kept(place, error)
+
+
+def _not_kept(place: Path, error: Exception) -> None:
+    log.warning("what the base said could not be kept: it is asked again", place=str(place), error=str(error))

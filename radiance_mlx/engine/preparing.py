@@ -1,0 +1,208 @@
+"""What comes before a batch's first step: examples to rows, whether they fit into memory, the tree, where it starts.
+
+Sliced work, like the training itself.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..checkpoints.folder import read, verify
+from ..config import Config
+from ..config.schema import ReplaySection
+from ..lora import files, memory
+from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.head import TargetRows, install_head
+from ..lora.step import Piece
+from ..lora.targets import Targets
+from ..lora.trainer import Trainer
+from ..lora.tree import make_tree
+from ..messages import TrainBatch
+from .asked import Asked
+from .lasting import Lasting, Lesson
+from .model import BaseModel
+
+
+def fitted(config: Config, batch: TrainBatch, context: int) -> Config:
+    """`config` for this batch and model.
+
+    A reconsolidation replays nothing, for its batch is the log, and holds nothing out, for all of it was learnt before.
+    """
+    training = {
+        "max_seq_length": min(config.training.max_seq_length, context),
+        "max_steps": batch.max_steps or config.training.max_steps,
+    }
+    whole = {"eval_fraction": 0.0, "eval_holdout": False, "patience": 0} if batch.reconsolidated else {}
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update={**training, **whole}),
+            "replay": ReplaySection() if batch.reconsolidated else config.replay,
+        }
+    )
+
+
+class Preparation:
+    """Of one batch, by a `fitted` configuration. `rehearsed` are the anchors to learn from.
+
+    After `pieces` the `trainer` stands at its first step, on fresh weights; `examples` are what is learnt of the
+    batch's own, and `notes` are for the job.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        targets: Targets,
+        encoder: ChatEncoder,
+        config: Config,
+        home: Path,
+        batch: TrainBatch,
+        rehearsed: Sequence[Encoded],
+        on_step: Callable[[Trainer], None],
+        *,
+        bank_bytes: int,
+        head_on_targets: bool,
+    ) -> None:
+        self._base, self._targets, self._encoder = base, targets, encoder
+        self._config, self._settings, self._home, self._batch = config, config.training, home, batch
+        self._rehearsed, self._on_step = rehearsed, on_step
+        self._bank_bytes, self._head_on_targets = bank_bytes, head_on_targets
+        self._lasting: Lasting | None = None
+        if Lasting.wanted(config.replay, config.rehearsal):
+            asked = Asked(
+                base.module, base.vocab_size, encoder, targets, home / "state" / "rehearsal", base.fingerprint
+            )
+            self._lasting = Lasting(asked, config.replay, config.rehearsal)
+        self.examples: list[Encoded] = []
+        self.notes = list(batch.notes)
+        self.head: TargetRows | None = None
+        self.trainer: Trainer | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """Raises `RadianceError` for what cannot be trained."""
+        room = self._settings.max_seq_length
+        for example in self._batch.examples:
+            encoded = self._encoder.example(example, mask_prompt=self._settings.mask_prompt, max_tokens=room)
+            self.examples.append(encoded)
+            yield Piece([], barrier=True)
+        self._note_cut()
+        self._preflight(self.examples)
+        mx.reset_peak_memory()
+        yield Piece([], barrier=True)
+        if self._lasting:
+            yield from self._lasting.prepare(self._lesson(), self._rehearsed)
+            self.notes += self._lasting.notes
+            self.examples = [self.examples[i] for i in self._lasting.kept]
+            self._preflight([*self.examples, *self._lasting.rows(room)])
+        self.trainer = self._make_trainer()
+
+    def _note_cut(self) -> None:
+        cut = [e for e in self.examples if e.cut]
+        if cut:
+            self.notes.append(
+                f"{len(cut)} of {len(self.examples)} examples were longer than {self._settings.max_seq_length} tokens "
+                f"and were cut (the longest by {max(e.cut for e in cut)} or more); see training.max_seq_length"
+            )
+
+    def _lesson(self) -> Lesson:
+        batch = self._batch
+        return Lesson(
+            checkpoint=batch.checkpoint,
+            number=batch.number,
+            examples=batch.examples,
+            log=batch.log,
+            replayable=batch.replayable,
+            line=batch.line,
+            seed=self._settings.seed,
+            max_tokens=self._settings.max_seq_length,
+            mask_prompt=self._settings.mask_prompt,
+            reconsolidated=batch.reconsolidated,
+        )
+
+    def _preflight(self, rows: Sequence[Encoded]) -> None:
+        needed = memory.estimate(
+            self._base.module,
+            self._targets,
+            rows,
+            self._settings,
+            rank=self._config.lora.r,
+            vocab_size=self._base.vocab_size,
+            bank_bytes=self._bank_bytes,
+            head_on_targets=self._head_on_targets,
+            dropout=self._config.lora.dropout,
+        )
+        memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
+
+    def _make_trainer(self) -> Trainer:
+        lora, lasting = self._config.lora, self._lasting
+        tree = make_tree(
+            self._base.module,
+            self._targets,
+            rank=lora.r,
+            scale=lora.scale,
+            dropout=lora.dropout,
+            seed=_seed(self._settings.seed, self._batch.number),
+            grad_checkpoint=self._settings.grad_checkpoint,
+            plain=self._settings.slice_ms == 0,
+        )
+        self.head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
+        trainer = Trainer(
+            tree,
+            self.head,
+            [*self.examples, *(lasting.examples if lasting else [])],
+            self._settings,
+            self._batch.number,
+            self._on_step,
+            replay=lasting.replay if lasting else None,
+            rehearsal=lasting.rehearsal if lasting else None,
+            origins=[*range(len(self.examples)), *(lasting.origins if lasting else [])],
+        )
+        self._note_sizes(trainer)
+        return trainer
+
+    def _note_sizes(self, trainer: Trainer) -> None:
+        """Where the batch is too small for what the settings say."""
+        fitting, held = trainer.args, len(trainer.holdout.held)
+        if fitting.grad_accumulation_steps < self._settings.grad_accum:
+            self.notes.append(
+                f"one optimizer step takes {fitting.batch_size} x {fitting.grad_accumulation_steps} rows: "
+                f"the batch has {len(trainer.examples)} examples" + (f", {held} of them held out" if held else "")
+            )
+        if trainer.holdout.note:
+            self.notes.append(trainer.holdout.note)
+
+    def start_from_parent(self, trainer: Trainer) -> None:
+        """From the parent's weights and optimizer, if the lineage goes on and the shapes are the same.
+
+        Raises `CheckpointDamaged` if they are not what was published.
+        """
+        parent = self._batch.parent
+        if parent is None or self._batch.lineage == "fresh":
+            return
+        folder = self._home / "adapters" / parent
+        verify(folder, read(folder)["files"])
+        weights = files.load_arrays(folder / files.ADAPTER_FILE)
+        changed = [] if trainer.tree.fits(weights) else ["lora.r or lora.target_modules"]
+        if not math.isclose(_trained_scale(folder), self._config.lora.scale):
+            changed.append("lora.alpha / lora.r")
+        if changed:
+            self.notes.append(
+                f"started fresh from the base: {' and '.join(changed)} is not what {parent} was trained with"
+            )
+            return
+        file = folder / files.OPTIMIZER_FILE
+        if not trainer.start_from(weights, files.load_arrays(file) if file.is_file() else None):
+            self.notes.append(f"the optimizer of {parent} was of another kind: it starts fresh")
+
+
+def _trained_scale(folder: Path) -> float:
+    """What a checkpoint was trained with: the adapter's own scale may be a merged one."""
+    lora = read(folder)["config"]["lora"]
+    return float(lora["alpha"]) / int(lora["r"])
+
+
+def _seed(seed: int, number: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
