@@ -259,7 +259,11 @@ def test_interrupted_commands_exit_with_130(monkeypatch: pytest.MonkeyPatch) -> 
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(client, "connect", interrupted)
-    assert main(["info"]) == output.INTERRUPTED
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["info"]) == output.INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_client_commands_never_import_mlx() -> None:
