@@ -15,6 +15,7 @@ allows between them. The last line is one JSON object. Takes one to two minutes.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -76,20 +77,15 @@ async def teach(service: Service, pairs: list[tuple[str, str]], asking: bool) ->
 
 
 async def ask(service: Service) -> list[float]:
-    """Seconds between the pieces of one answer."""
+    """Seconds between the pieces of one answer; what was waited for the first one is no gap between two."""
     request = Generate(
         (("user", world.ask(world.KNOWN[3][0], "city")),),
         STABLE,
         sampling=Sampling(max_tokens=16, temperature=0),
         stream=True,
     )
-    gaps, last = [], time.perf_counter()
-    async for piece in service.stream(request):
-        if not isinstance(piece, Answer):
-            now = time.perf_counter()
-            gaps.append(now - last)
-            last = now
-    return gaps
+    times = [time.perf_counter() async for piece in service.stream(request) if not isinstance(piece, Answer)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 @contextlib.asynccontextmanager

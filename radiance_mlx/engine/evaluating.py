@@ -66,6 +66,7 @@ class AnchorMeter:
         for _ in anchor_metrics(self._sums(found, base, before), out):
             yield Piece([], barrier=True)
         if name and found.own is not None:
+            yield Piece([], barrier=True)
             self._kept.save(name, Kept(found.own, self.documents.sums(found.kl["base"])))
             self._kept.keep_only({BASE, name, parent or BASE})
         self.seconds += time.perf_counter() - started

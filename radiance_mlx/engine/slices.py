@@ -26,8 +26,10 @@ class Slices:
             mx.eval([piece.arrays for piece in group])
             now = time.perf_counter()
             if any(piece.arrays for piece in group):
-                # the time of the maker's own work (building the graph) is in it: small groups are safe
-                self._s_per_piece += 0.3 * ((now - started) / len(group) - self._s_per_piece)
+                # the time of the maker's own work (building the graph) is in it: small groups are safe; so is
+                # forgetting slowly what dear pieces cost, for after cheap ones the next group may be of such again
+                each = (now - started) / len(group)
+                self._s_per_piece = max(each, self._s_per_piece + 0.3 * (each - self._s_per_piece))
             if finished:
                 return True
             if now + self._s_per_piece > ends:
