@@ -1,4 +1,4 @@
-"""Measuring without a service: the engine alone, for as long as it takes. Nothing is trained or served.
+"""Measuring and fusing without a service: the engine or its model alone. Nothing is trained or served.
 
 With a service on the same home this may run beside it: checkpoints are only read, and what is kept about
 anchors is written beside and renamed. It then holds a second copy of the base model in memory.
@@ -13,7 +13,7 @@ from typing import Any
 
 from .config import Loaded
 from .engine.thread import EngineThread
-from .errors import HomeLocked, ModelError, NotFound
+from .errors import HomeLocked, InvalidRequest, ModelError, NotFound
 from .evaluation.plan import Subject
 from .evaluator import Evaluator, checkpoint_names, subject_of
 from .messages import BASE, STABLE
@@ -55,6 +55,25 @@ async def _evaluate(
         return await evaluator.evaluate(subjects, replace(evaluator.anchors, **anchors), report)
     finally:
         await engine.stop()
+
+
+def fuse(loaded: Loaded, checkpoint: str, adapter_path: Path | None, out: Path) -> dict[str, Any]:
+    """Write the new folder `out`: the base with a checkpoint of the home, or any adapter that mlx-lm reads, folded in.
+
+    Raises `RadianceError`.
+    """
+    from .engine import backend, fusing
+    from .engine.model import load_base
+    from .lora.files import load_adapter
+
+    fusing.refuse_existing(out)
+    backend.select(loaded.config.backend, loaded.config.memory)
+    base = load_base(loaded.config, cpu=False)  # in its own dtype, also where it computes in another
+    [subject] = _subjects(loaded.home, [checkpoint], None, adapter_path, base.fingerprint)
+    if subject.folder is None:
+        raise InvalidRequest("There is nothing to fold into the base.", "Name a checkpoint, or teach something first.")
+    modules = fusing.fuse(base, load_adapter(subject.folder), out)
+    return {"out": str(out), "base_model": loaded.config.base_model, "adapter": subject.name, "modules": modules}
 
 
 def _subjects(

@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from ..errors import RadianceError
-from . import ask, demo, evaluate, look, output, run, teach
+from . import ask, demo, evaluate, fuse, look, output, run, teach
 from .options import examples
 
 PROGRAM = "radiance-mlx"
@@ -54,7 +54,7 @@ def root(
     """A local service that keeps learning: LoRA updates in the background, answers all the while."""
 
 
-for module in (run, ask, teach, look, evaluate, demo):
+for module in (run, ask, teach, look, evaluate, fuse, demo):
     module.add_to(app)
 
 

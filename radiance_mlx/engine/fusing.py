@@ -1,0 +1,74 @@
+"""A base and an adapter as one model folder, which `mlx_lm.load` reads without the adapter."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.utils import save
+
+from ..errors import InvalidRequest, StoreError
+from ..lora.bank import AdapterWeights
+from ..lora.tree import adapter_tree
+from .model import BaseModel
+
+
+def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
+    """Write `base` with `adapter` folded into its weights to the new folder `out`; how many modules were folded.
+
+    W + scale·(a b)ᵀ is computed in float32 and kept in W's own dtype. What an adapter changes of a quantised base is
+    kept in full precision, for quantising it again would lose most of what was learnt; the rest stays quantised.
+    The folder is written beside and renamed. Raises `InvalidRequest` if `out` is there already, `ModelError` for an
+    adapter of another base, `StoreError` if it cannot be written.
+    """
+    refuse_existing(out)
+    module = adapter_tree(base.module, adapter).module
+    folded = [(path, _folded(m)) for path, m in module.named_modules() if isinstance(m, LoRALinear)]
+    module.update_modules(tree_unflatten(folded))
+    beside = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    try:
+        save(beside, base.folder, module, base.tokenizer, json.loads((base.folder / "config.json").read_text()))
+        refuse_existing(out)
+        beside.rename(out)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error}.", "Name a folder on a disk with room.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return len(folded)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises `InvalidRequest` if there is something at `out`."""
+    if os.path.lexists(out):
+        raise InvalidRequest(f"{out} is there already.", "Name a new folder: nothing is overwritten.")
+
+
+def _folded(lora: LoRALinear) -> nn.Linear:
+    linear = lora.linear
+    quantised = isinstance(linear, nn.QuantizedLinear)
+    dtype = linear.scales.dtype if quantised else linear.weight.dtype
+    plain = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(plain)
+    plain.weight = (_whole(linear) + lora.scale * (lora.lora_a @ lora.lora_b).T.astype(mx.float32)).astype(dtype)
+    if "bias" in linear:
+        plain.bias = linear.bias
+    mx.eval(plain.parameters())
+    return plain
+
+
+def _whole(linear: nn.Module) -> mx.array:
+    """The weight (outputs, inputs) in float32."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight.astype(mx.float32)
+    return mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    ).astype(mx.float32)
