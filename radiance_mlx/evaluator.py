@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .config import Config
 from .config.bases import resolve
 from .engine.conditions import conditions
 from .engine.thread import EngineThread
-from .errors import AnchorsUnavailable, Conflict, NotFound
+from .errors import AnchorsUnavailable, CheckpointDamaged, Conflict, NotFound
 from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
 from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
 from .evaluation.policy import FINETUNE_LOSS, Rule
@@ -79,7 +79,7 @@ class Evaluator:
         """
         rehearsed = await self._rehearsed()
         if not self.enabled:
-            judged = self.rule.mode != "off" and self.rule.metric == FINETUNE_LOSS
+            judged = self.rule.metric == FINETUNE_LOSS
             return Plan(self.rule, rehearsed=rehearsed) if rehearsed or judged else None
         anchors, unavailable = None, ""
         try:
@@ -92,6 +92,8 @@ class Evaluator:
             self.trouble = f"anchors are not measured: {error.message}"
             log.warning("no anchors", error=error.message)
         rehearsed, notes = _apart(rehearsed, anchors)
+        if rehearsed and anchors is None:
+            notes = ("rows of data/anchors/rehearsal that measure may be rehearsed: the anchors could not be had",)
         return Plan(
             rule=self.rule,
             anchors=anchors,
@@ -242,16 +244,39 @@ def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Su
     return Subject(name, folder, against or facts["parent"])
 
 
-def checkpoint_names(home: Path, base_hash: str) -> list[str]:
-    """Every checkpoint of this base in the home, oldest first. Raises `CheckpointDamaged`."""
-    paths = [path for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
-    found = [path.name for path in paths if folders.read(path).get("base_hash") == base_hash]
-    return sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))
+def all_subjects(home: Path, names: Iterable[str], against: str | None, base_hash: str) -> list[Subject]:
+    """Those of `names` that are whole and of this base; damaged ones are logged. Raises `NotFound` if none is left."""
+    found = []
+    for name in names:
+        try:
+            found.append(subject_of(home, name, against, base_hash))
+        except CheckpointDamaged as error:
+            log.warning("left out", checkpoint=name, reason=error.message)
+        except Conflict:  # of another base
+            continue
+    if not found:
+        raise NotFound(
+            "There is no checkpoint here yet.", "Teach something first, or measure the base: --checkpoint base."
+        )
+    return found
+
+
+def checkpoint_names(home: Path) -> list[str]:
+    """Every checkpoint folder in the home, oldest first."""
+    names = [path.name for path in (home / "adapters").glob("A_*") if is_checkpoint_name(path.name)]
+    return sorted(names, key=lambda name: int(name.rsplit("_", 1)[1]))
 
 
 def is_checkpoint_name(name: str) -> bool:
     """Whether `name` is an id, and no path in disguise."""
     return re.fullmatch(r"A_\d{4}-\d\d-\d\d_\d+", name) is not None
+
+
+def asked_for(settings: AnchorSettings, home: Path, changes: Mapping[str, Any]) -> AnchorSettings:
+    """`settings` with `changes`; `local` by name is the home's own folder, whatever the base brings."""
+    if changes.get("provider") == "local":
+        settings = replace(settings, folder=home / "data" / "anchors")
+    return replace(settings, **changes)
 
 
 def anchor_settings(config: Config, home: Path) -> AnchorSettings:

@@ -216,6 +216,9 @@ class Lineage:
                 await self._store(lambda s: s.publish(record, events=[("published", data)]))
                 self.stable, self.status = record.checkpoint, record.status
                 log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
+                verdict = verdict_of(record)
+                if verdict.get("outcome") in ("logged", "risky"):
+                    log.warning("over the threshold", checkpoint=record.checkpoint, reason=verdict["reason"])
         await self._prune()
         await self._write_curves()
 
@@ -305,9 +308,13 @@ class Lineage:
 
 
 def rejected(record: CheckpointRecord) -> bool:
-    """Whether the policy refused it: it has never been served."""
-    verdict = (record.metrics.get("evaluation") or {}).get("verdict") or {}
-    return bool(verdict.get("outcome") == "rejected")
+    """Whether the policy refused it. It is served only if somebody goes to it by hand."""
+    return bool(verdict_of(record).get("outcome") == "rejected")
+
+
+def verdict_of(record: CheckpointRecord) -> dict[str, Any]:
+    """What the policy said; empty if it was not asked."""
+    return (record.metrics.get("evaluation") or {}).get("verdict") or {}
 
 
 def curve_row(record: CheckpointRecord) -> dict[str, Any]:

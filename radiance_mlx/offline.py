@@ -7,15 +7,14 @@ anchors is written beside and renamed. It then holds a second copy of the base m
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .config import Loaded
 from .engine.thread import EngineThread
-from .errors import HomeLocked, InvalidRequest, ModelError, NotFound
+from .errors import HomeLocked, InvalidRequest, ModelError
 from .evaluation.plan import Subject
-from .evaluator import Evaluator, checkpoint_names, subject_of
+from .evaluator import Evaluator, all_subjects, asked_for, checkpoint_names, subject_of
 from .messages import BASE, STABLE
 from .store import HomeLock, Store
 
@@ -52,7 +51,7 @@ async def _evaluate(
         (loaded.home / "metrics").mkdir(parents=True, exist_ok=True)
         evaluator = Evaluator(loaded.config, loaded.home, engine, facts)
         subjects = _subjects(loaded.home, checkpoints, against, adapter_path, facts.base_hash)
-        return await evaluator.evaluate(subjects, replace(evaluator.anchors, **anchors), report)
+        return await evaluator.evaluate(subjects, asked_for(evaluator.anchors, loaded.home, anchors), report)
     finally:
         await engine.stop()
 
@@ -86,12 +85,9 @@ def _subjects(
         if not (adapter_path / "adapters.safetensors").is_file():
             raise ModelError(f"{adapter_path} is no adapter: it has no adapters.safetensors.", "Name its folder.")
         return [Subject(str(adapter_path), adapter_path, against)]
-    names = checkpoint_names(home, base_hash) if checkpoints is None else list(checkpoints)
-    if not names:
-        raise NotFound(
-            "There is no checkpoint here yet.", "Teach something first, or measure the base: --checkpoint base."
-        )
-    return [subject_of(home, _resolved(home, name, base_hash), against, base_hash) for name in names]
+    if checkpoints is None:
+        return all_subjects(home, checkpoint_names(home), against, base_hash)
+    return [subject_of(home, _resolved(home, name, base_hash), against, base_hash) for name in checkpoints]
 
 
 def _resolved(home: Path, name: str, base_hash: str) -> str:

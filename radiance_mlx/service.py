@@ -10,7 +10,6 @@ import hashlib
 import platform
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from .curation import curated_files
 from .engine.thread import EngineThread
 from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
-from .evaluator import Evaluator, subject_of
+from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged, rejected
 from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
 from .scheduler import Scheduler
@@ -283,16 +282,17 @@ class Service:
         """
         _, _, lineage, _ = self._require()
         assert self._evaluator is not None
-        if checkpoints is None:
-            usable = [r for r in await self.checkpoints() if not r.pruned and r.damaged is None]
-            checkpoints = [r.checkpoint for r in usable]
-        for name in (*checkpoints, *([against] if against else [])):
+        for name in (*(checkpoints or []), *([against] if against else [])):
             if name not in (BASE, STABLE):
                 self._require_servable(await lineage.record(name), lineage)
-        named = [lineage.current if name == STABLE else name for name in checkpoints]
         beside = lineage.current if against == STABLE else against
-        subjects = [subject_of(self.home, name, beside, lineage.base_hash) for name in named]
-        settings = replace(self._evaluator.anchors, **anchors)
+        if checkpoints is None:
+            usable = [r.checkpoint for r in await self.checkpoints() if not r.pruned and r.damaged is None]
+            subjects = all_subjects(self.home, usable, beside, lineage.base_hash)
+        else:
+            named = [lineage.current if name == STABLE else name for name in checkpoints]
+            subjects = [subject_of(self.home, name, beside, lineage.base_hash) for name in named]
+        settings = asked_for(self._evaluator.anchors, self.home, anchors)
         return await self._evaluator.evaluate(subjects, settings, report)
 
     # --- info ------------------------------------------------------------------------------------
@@ -306,7 +306,8 @@ class Service:
         counts = await store(lambda s: s.count_jobs())
         running = scheduler.running
         waiting = sum(counts.get(state, 0) for state in ("review", "queued", "paused", "training", "evaluating"))
-        published = [r for r in records if r.status != "candidate" and not rejected(r)]
+        refused = [r for r in records if rejected(r) and r.status == "rolled_back"]  # and not served by hand since
+        published = [r for r in records if r.status != "candidate" and r not in refused]
         return {
             "base_model": facts.base_model,
             "current_checkpoint": lineage.current,

@@ -523,3 +523,11 @@ def test_a_base_can_recommend_nothing_but_how_it_is_taught(tmp_path):
     assert config.evaluation.anchor_provider is None
     assert not config.model.trust_remote_code
     assert config.server.allowed_origins == []
+
+
+def test_the_repositorys_file_hides_nothing_of_a_preset(tmp_path):
+    """Its keys are set to defaults, which would win over the preset's values; those are commented out."""
+    flags = {"preset": "lasting"}
+    alone = load_config(environ={}, home=tmp_path, flags=flags).config
+    beside = load_config(environ={}, home=tmp_path, config_file=Path(__file__).parent.parent / "config.yaml", flags=flags).config
+    assert beside == alone

@@ -9,8 +9,11 @@ import pytest
 from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
 
 from radiance_mlx import offline
+from radiance_mlx.cli.main import main
+from radiance_mlx.config import load_config
 from radiance_mlx.errors import NotFound
 from radiance_mlx.evaluation.metrics import NAMES
+from radiance_mlx.evaluator import anchor_settings, asked_for
 from radiance_mlx.models.nano import world
 
 
@@ -146,6 +149,34 @@ def test_a_hub_that_cannot_be_reached_is_an_error_with_advice(asked, monkeypatch
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "anchors_unavailable")
     assert answer.json()["error"]["hint"]
     assert asked.get("/readyz").status_code == 200
+
+
+def test_all_leaves_out_what_is_damaged(asked, taught, capfd):
+    """Somebody's checkpoint.json is broken: the other one is measured all the same, and the log names it."""
+    first, second = ids(taught)
+    file = taught / "adapters" / first / "checkpoint.json"
+    whole = file.read_bytes()
+    try:
+        file.write_text("{")
+        results = asked.post("/eval", json={"against": "base"}).raise_for_status().json()["results"]
+    finally:
+        file.write_bytes(whole)
+    assert [result["checkpoint"] for result in results] == [second]
+
+
+def test_local_by_name_is_the_homes_own_folder(taught):
+    """Also where the base brings anchors and nothing is configured."""
+    configured = anchor_settings(load_config(environ={}, home=taught).config, taught)
+    assert configured.folder != taught / "data" / "anchors"
+    assert asked_for(configured, taught, {"provider": "local"}).folder == taught / "data" / "anchors"
+    assert asked_for(configured, taught, {"sample": 3}).folder == configured.folder
+
+
+def test_a_named_service_is_not_asked_about_files_of_this_machine(capsys):
+    """Nor is another home measured instead."""
+    for more in (["--adapter-path", "/tmp"], ["--base-model", "nano"], ["--anchor-dataset", "/tmp"]):
+        assert main(["eval", "--url", "http://127.0.0.1:1", *more]) == 2
+        assert "--url" in capsys.readouterr().err
 
 
 # --- without one ---------------------------------------------------------------------------------

@@ -140,8 +140,8 @@ def test_anchors_that_change_are_read_again(home):
         ("auto_rollback", ALWAYS, "rejected", "rolled_back"),
     ],
 )
-def test_what_the_modes_make_of_an_update(home, mode, delta, state, status):
-    """The verdict with its figures is in the metrics whatever the mode."""
+def test_what_the_modes_make_of_an_update(home, mode, delta, state, status, capfd):
+    """The verdict with its figures is in the metrics whatever the mode; one that fires is logged."""
     with running(home, LOCAL, evaluation__rollback_mode=mode, evaluation__catastrophic_delta=delta) as service:
         job = service.wait(service.post(FACTS[0]), state)
         record = service.checkpoints()[job.checkpoint]
@@ -151,6 +151,8 @@ def test_what_the_modes_make_of_an_update(home, mode, delta, state, status):
         served = (job.checkpoint, status) if state == "published" else ("base", "base")
         answer = service.ask("Hello!")
         assert (answer.checkpoint, answer.checkpoint_status) == served
+    said = "".join(capfd.readouterr())
+    assert ("over the threshold" in said) == (state == "published" and delta == ALWAYS)
 
 
 def test_a_rejected_update_never_answers_and_can_be_looked_at(home):
@@ -181,6 +183,9 @@ def test_a_rejected_update_never_answers_and_can_be_looked_at(home):
         assert service.checkpoints()[following].parent == good
         service.call(service.service.rollback(job.checkpoint, "I want it all the same"))
         assert service.current == job.checkpoint
+        assert service.checkpoints()[job.checkpoint].metrics["finetune_loss"] in (
+            service.info()["loss_curves"]["finetune_loss"]
+        )
 
 
 def test_a_process_killed_between_the_verdict_and_its_record_rejects_after_the_next_start(home, start):

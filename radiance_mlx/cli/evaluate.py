@@ -68,6 +68,12 @@ def evaluate(
     """
     if adapter_path is not None and checkpoint is not None:
         raise output.BadInput("--adapter-path and --checkpoint exclude each other.", "Measure one after the other.")
+    here = adapter_path is not None or base_model is not None or _is_local(anchor_dataset)
+    if url is not None and here:
+        raise output.BadInput(
+            "--url asks a service, which takes no --adapter-path, --base-model or files of this machine.",
+            "Leave --url out to measure here, with --home for the checkpoints' home.",
+        )
     anchors = {
         "provider": anchor_provider or ("hf" if anchor_dataset else None),
         "dataset": anchor_dataset,
@@ -78,7 +84,7 @@ def evaluate(
     asked = {name: value for name, value in anchors.items() if value is not None}
     with _Bar(as_json) as bar:
         found = None
-        if adapter_path is None and base_model is None and not _is_local(anchor_dataset):
+        if not here:
             found = _by_the_service(checkpoint, against, asked, bar, (url, home, config, token))
         if found is None:
             found = _here(checkpoint, against, adapter_path, asked, base_model, bar, home, config)

@@ -206,6 +206,8 @@ class EngineThread:
             except asyncio.CancelledError:  # the engine must be free before the next one has its turn
                 cancelled.set()
                 await asyncio.wait({reply})
+                if not reply.cancelled():
+                    reply.exception()  # looked at, or asyncio logs it as never retrieved
                 raise
 
     def _post(self, task: "Callable[[Engine], None]", refused: Callable[[RadianceError], None]) -> None:

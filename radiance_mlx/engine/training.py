@@ -222,6 +222,8 @@ class TrainingTask:
             "training": self._settings.model_dump(),
             "replay": self._config.replay.model_dump(),
             "rehearsal": self._config.rehearsal.model_dump(),
+            "evaluation": self._config.evaluation.model_dump(),
+            "chat_template_args": self._config.model.chat_template_args,
         }
         return TrainResult(
             checkpoint=self.batch.checkpoint,

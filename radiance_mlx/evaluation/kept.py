@@ -30,7 +30,7 @@ class Kept:
 
 
 class KeptReferences:
-    """Files `<folder>/<key>/<name>.safetensors`; the base's is held in memory too once it has been read."""
+    """Files `<folder>/<key>/<name>.safetensors`."""
 
     def __init__(self, folder: Path, base_fingerprint: str, anchors: str, documents: Documents, k: int = TOP_K) -> None:
         key = hashlib.sha256(f"{base_fingerprint}\n{anchors}\n{k}".encode()).hexdigest()[:16]

@@ -34,7 +34,6 @@ class Plan:
     earlier: tuple[EarlierUpdate, ...] = ()
     sample: int = 8
     scale_first: bool = False
-    seed: int = 0
     rehearsed: tuple[Encoded, ...] = ()
     notes: tuple[str, ...] = ()
 
