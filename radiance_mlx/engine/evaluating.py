@@ -66,7 +66,7 @@ class AnchorMeter:
         for _ in anchor_metrics(self._sums(found, base, before), out):
             yield Piece([], barrier=True)
         if name and found.own is not None:
-            yield Piece([], barrier=True)
+            yield Piece([], barrier=True, pause=True)
             self._kept.save(name, Kept(found.own, self.documents.sums(found.kl["base"])))
             self._kept.keep_only({BASE, name, parent or BASE})
         self.seconds += time.perf_counter() - started
@@ -112,6 +112,7 @@ class AnchorMeter:
         assert found.own is not None
         none = np.zeros(len(self.documents.counts))
         kept = Kept(found.own, self.documents.sums(found.kl["base"]) if against else none)
+        yield Piece([], barrier=True, pause=True)
         self._kept.save(name, kept)
         return kept
 

@@ -7,6 +7,9 @@ import mlx.core as mx
 
 from ..lora.step import Piece
 
+#: of the time that is left, what a group of pieces is to take: some take longer than those before them
+AIM = 0.8
+
 
 class Slices:
     """Drives a generator of pieces. `check` is called before each evaluation and may raise."""
@@ -21,7 +24,7 @@ class Slices:
         while True:
             self._check()
             started = time.perf_counter()
-            wanted = max(1, int((ends - started) / self._s_per_piece))
+            wanted = max(1, int(AIM * (ends - started) / self._s_per_piece))
             group, finished = self._take(wanted)
             mx.eval([piece.arrays for piece in group])
             now = time.perf_counter()
@@ -32,7 +35,7 @@ class Slices:
                 self._s_per_piece = max(each, self._s_per_piece + 0.3 * (each - self._s_per_piece))
             if finished:
                 return True
-            if now + self._s_per_piece > ends:
+            if now + self._s_per_piece > ends or (group and group[-1].pause):
                 return False
 
     def _take(self, wanted: int) -> tuple[list[Piece], bool]:

@@ -23,10 +23,14 @@ from .tree import TrainingTree
 
 @dataclass(frozen=True)
 class Piece:
-    """Arrays to evaluate together. What follows a `barrier` piece is asked for once they have been evaluated."""
+    """Arrays to evaluate together. What follows a `barrier` piece is asked for once they have been evaluated.
+
+    With `pause` it is asked for in a slice of its own: it takes long, and cannot be cut.
+    """
 
     arrays: list[mx.array]
     barrier: bool = False
+    pause: bool = False
 
 
 @dataclass
