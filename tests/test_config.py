@@ -529,5 +529,6 @@ def test_the_repositorys_file_hides_nothing_of_a_preset(tmp_path):
     """Its keys are set to defaults, which would win over the preset's values; those are commented out."""
     flags = {"preset": "lasting"}
     alone = load_config(environ={}, home=tmp_path, flags=flags).config
-    beside = load_config(environ={}, home=tmp_path, config_file=Path(__file__).parent.parent / "config.yaml", flags=flags).config
+    file = Path(__file__).parent.parent / "config.yaml"
+    beside = load_config(environ={}, home=tmp_path, config_file=file, flags=flags).config
     assert beside == alone

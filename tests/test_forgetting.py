@@ -183,8 +183,9 @@ def test_a_rejected_update_never_answers_and_can_be_looked_at(home):
         assert service.checkpoints()[following].parent == good
         service.call(service.service.rollback(job.checkpoint, "I want it all the same"))
         assert service.current == job.checkpoint
-        assert service.checkpoints()[job.checkpoint].metrics["finetune_loss"] in (
-            service.info()["loss_curves"]["finetune_loss"]
+        assert (
+            service.checkpoints()[job.checkpoint].metrics["finetune_loss"]
+            in (service.info()["loss_curves"]["finetune_loss"])
         )
 
 
