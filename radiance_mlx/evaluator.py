@@ -240,8 +240,12 @@ def subject_of(home: Path, name: str, against: str | None, base_hash: str) -> Su
     facts = folders.read(folder)
     if facts.get("base_hash") != base_hash:
         raise Conflict(f"{name} belongs to another base model.", "Start with --base-model as when it was trained.")
-    folders.verify(folder, {ADAPTER_FILE: facts["files"][ADAPTER_FILE]})
-    return Subject(name, folder, against or facts["parent"])
+    try:
+        digest, parent = facts["files"][ADAPTER_FILE], facts["parent"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointDamaged(f"{name}: its checkpoint.json lacks {error}.", "Restore it from a backup.") from error
+    folders.verify(folder, {ADAPTER_FILE: digest})
+    return Subject(name, folder, against or parent)
 
 
 def all_subjects(home: Path, names: Iterable[str], against: str | None, base_hash: str) -> list[Subject]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Loaded
+from .config.bases import expanded
 from .engine.thread import EngineThread
 from .errors import HomeLocked, InvalidRequest, ModelError
 from .evaluation.plan import Subject
@@ -65,6 +66,7 @@ def fuse(loaded: Loaded, checkpoint: str, adapter_path: Path | None, out: Path) 
     from .engine.model import load_base
     from .lora.files import load_adapter
 
+    out = expanded(str(out))
     fusing.refuse_existing(out)
     backend.select(loaded.config.backend, loaded.config.memory)
     base = load_base(loaded.config, cpu=False)  # in its own dtype, also where it computes in another

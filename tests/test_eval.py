@@ -157,11 +157,12 @@ def test_all_leaves_out_what_is_damaged(asked, taught, capfd):
     file = taught / "adapters" / first / "checkpoint.json"
     whole = file.read_bytes()
     try:
-        file.write_text("{")
-        results = asked.post("/eval", json={"against": "base"}).raise_for_status().json()["results"]
+        for broken in ("{", json.dumps({**json.loads(whole), "files": {}})):
+            file.write_text(broken)
+            results = asked.post("/eval", json={"against": "base"}).raise_for_status().json()["results"]
+            assert [result["checkpoint"] for result in results] == [second]
     finally:
         file.write_bytes(whole)
-    assert [result["checkpoint"] for result in results] == [second]
 
 
 def test_local_by_name_is_the_homes_own_folder(taught):

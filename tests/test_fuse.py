@@ -13,7 +13,7 @@ from radiance_mlx import offline
 from radiance_mlx.cli.main import main
 from radiance_mlx.config import load_config
 from radiance_mlx.config.bases import NANO_FOLDER
-from radiance_mlx.errors import InvalidRequest, NotFound
+from radiance_mlx.errors import CheckpointDamaged, InvalidRequest, NotFound
 
 STRONG = {**QUICK, "training.lr": 5e-3, "training.max_steps": 6}
 
@@ -83,3 +83,14 @@ def test_any_adapter_of_mlx_lms_form_can_be_fused_by_the_command(taught, tmp_pat
     assert json.loads(capsys.readouterr().out)["out"] == "made"
     assert (tmp_path / "made" / "config.json").is_file()
     assert main([*arguments, "stable", "--out", "other"]) == 2
+
+
+def test_an_adapter_of_another_kind_is_refused(taught, tmp_path):
+    """Folding half of one would be another model than it makes."""
+    _, home, checkpoint = taught
+    other = shutil.copytree(home / "adapters" / checkpoint, tmp_path / "dora")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "fine_tune_type": "dora"}))
+    with pytest.raises(CheckpointDamaged, match="dora"):
+        offline.fuse(loaded(taught), "stable", other, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -18,6 +18,7 @@ RECOMMENDED_SECTIONS = ("lora", "training", "batch")
 PRESET_KEYS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*RECOMMENDED_SECTIONS, "replay", "rehearsal"), ()),  # every key
     "evaluation": ("metric", "catastrophic_delta", "confidence"),
+    "serving": ("merge_toward_base",),
 }
 
 #: a model or somebody's model; what is none of both can only be a path

@@ -34,7 +34,7 @@ def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
         save(beside, base.folder, module, base.tokenizer, json.loads((base.folder / "config.json").read_text()))
         refuse_existing(out)
         beside.rename(out)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # MLX tells a full disk by the latter
         raise StoreError(f"{out} cannot be written: {error}.", "Name a folder on a disk with room.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -58,9 +58,12 @@ def load_adapter(folder: Path) -> AdapterWeights:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         scale = float(config["lora_parameters"]["scale"])
         paths = sorted({name.rsplit(".", 1)[0] for name in weights})
+        kind = config.get("fine_tune_type", "lora")
+        if kind != "lora" or not all(name.endswith((".lora_a", ".lora_b")) for name in weights):
+            raise ValueError(f"its kind is {kind}, and only lora can be used here")
         pairs = {path: (weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]) for path in paths}
         if not pairs:
             raise ValueError("it holds no weights")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointDamaged(f"{folder} is not an adapter that mlx-lm can load: {error}") from error
+        raise CheckpointDamaged(f"{folder} cannot be used as an adapter: {error}") from error
     return AdapterWeights(pairs, scale)
