@@ -20,7 +20,7 @@ from .speaking import answer
 _NAME = "\N{OBJECT REPLACEMENT CHARACTER}"
 #: names that wordings are filled with; of them, those that must get different answers in one wording, and
 #: how many wordings of its own are tried, the most frequent first
-NAMES, TELLING, WORDINGS = 16, 3, 48
+NAMES, TELLING, WORDINGS = 16, 3, 32
 
 
 class Wordings:
