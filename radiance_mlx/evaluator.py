@@ -92,8 +92,6 @@ class Evaluator:
             self.trouble = f"anchors are not measured: {error.message}"
             log.warning("no anchors", error=error.message)
         rehearsed, notes = _apart(rehearsed, anchors)
-        if rehearsed and anchors is None:
-            notes = ("rows of data/anchors/rehearsal that measure may be rehearsed: the anchors could not be had",)
         return Plan(
             rule=self.rule,
             anchors=anchors,
@@ -195,9 +193,14 @@ class Evaluator:
 def _apart(rehearsed: tuple[Encoded, ...], anchors: AnchorSet | None) -> tuple[tuple[Encoded, ...], tuple[str, ...]]:
     """What is left to learn from without the rows that measure, and a note of how many those are.
 
-    Raises `AnchorsUnavailable` if nothing is left.
+    Without the `anchors` nobody can tell which those are, and nothing is left. Raises `AnchorsUnavailable` if all of
+    the rows measure.
     """
-    measuring = {document.tokens for document in anchors.documents} if anchors else set()
+    if not rehearsed:
+        return (), ()
+    if anchors is None:
+        return (), ("data/anchors/rehearsal was not rehearsed: which rows measure is not known without the anchors",)
+    measuring = {document.tokens for document in anchors.documents}
     left = tuple(row for row in rehearsed if row.tokens not in measuring)
     if len(left) == len(rehearsed):
         return rehearsed, ()

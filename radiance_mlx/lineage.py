@@ -209,21 +209,20 @@ class Lineage:
             data: dict[str, Any] = {"checkpoint": record.checkpoint, "parent": record.parent, "jobs": list(record.jobs)}
             if record.reconsolidated:
                 data["reconsolidated"] = True
-            if rejected(record):
+            if record.rejected:
                 await self._reject(record, data)
             else:
                 await self._engine.call(lambda engine: engine.warm(record.checkpoint))
                 await self._store(lambda s: s.publish(record, events=[("published", data)]))
                 self.stable, self.status = record.checkpoint, record.status
                 log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
-                verdict = verdict_of(record)
-                if verdict.get("outcome") in ("logged", "risky"):
-                    log.warning("over the threshold", checkpoint=record.checkpoint, reason=verdict["reason"])
+                if record.verdict.get("outcome") in ("logged", "risky"):
+                    log.warning("over the threshold", checkpoint=record.checkpoint, reason=record.verdict["reason"])
         await self._prune()
         await self._write_curves()
 
     async def _reject(self, record: CheckpointRecord, data: dict[str, Any]) -> None:
-        verdict = record.metrics["evaluation"]["verdict"]
+        verdict = record.verdict
         error = Rejected(f"The checkpoint was rejected: {verdict['reason']}.", details=verdict).as_dict()
         events = [("rejected", {**data, "verdict": verdict})]
         await self._store(lambda s: s.publish(record, job_state="rejected", events=events, error=error))
@@ -305,16 +304,6 @@ class Lineage:
             await self._store(lambda s: s.mark_damaged(record.checkpoint, None))
             self._changed()
             log.info("a checkpoint is sound again", checkpoint=record.checkpoint)
-
-
-def rejected(record: CheckpointRecord) -> bool:
-    """Whether the policy refused it. It is served only if somebody goes to it by hand."""
-    return bool(verdict_of(record).get("outcome") == "rejected")
-
-
-def verdict_of(record: CheckpointRecord) -> dict[str, Any]:
-    """What the policy said; empty if it was not asked."""
-    return (record.metrics.get("evaluation") or {}).get("verdict") or {}
 
 
 def curve_row(record: CheckpointRecord) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .engine.thread import EngineThread
 from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
-from .lineage import Lineage, damaged, rejected
+from .lineage import Lineage, damaged
 from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
 from .scheduler import Scheduler
 from .storage import StoreThread
@@ -306,8 +306,7 @@ class Service:
         counts = await store(lambda s: s.count_jobs())
         running = scheduler.running
         waiting = sum(counts.get(state, 0) for state in ("review", "queued", "paused", "training", "evaluating"))
-        refused = [r for r in records if rejected(r) and r.status == "rolled_back"]  # and not served by hand since
-        published = [r for r in records if r.status != "candidate" and r not in refused]
+        published = [r for r in records if r.status != "candidate" and not (r.rejected and r.status == "rolled_back")]
         return {
             "base_model": facts.base_model,
             "current_checkpoint": lineage.current,

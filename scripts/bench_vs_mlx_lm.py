@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import platform
-import random
 import re
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ from typing import Any
 
 import yaml
 from bench_clients import ROOT, Heard, Load, Ours, Theirs, environment, peak_mb
-from bench_model import SIZES, VOCAB_SIZE, words, write_model
+from bench_model import SIZES, words, write_model
 
 ROWS = ("decode", "adapters", "first", "train", "both", "live")
 LORA = {"r": 8, "scale": 2.0}
@@ -381,12 +380,11 @@ MEASURES = dict(zip(ROWS, (decode, many_adapters, first, train, both, live), str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
-    parser.add_argument("--size", choices=[s for s in SIZES if SIZES[s][-1] == VOCAB_SIZE], default="small")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default 64)")
     parser.add_argument("--rounds", type=int, default=2, help="answers a client asks for (default 2)")
     parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
     options = parser.parse_args()
-    random.seed(0)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
         print(f"{bench.size:.1f}M parameters")

@@ -91,6 +91,10 @@ def test_anchors_that_are_rehearsed_have_a_folder_of_their_own(tmp_path):
         job = service.wait(service.post(*facts(1)), "published")
         assert [note for note in job.notes if f"2 of {len(lines) - 1} rows" in note]
         assert all("kl" in row for row in curve(service, job.checkpoint))
+        (folder / "a.jsonl").write_text("no row")  # what measures cannot be told from what does not
+        job = service.wait(service.post(*facts(2)), "published")
+        assert [note for note in job.notes if "was not rehearsed: which rows measure is not known" in note]
+        assert all("kl" not in row for row in curve(service, job.checkpoint))
 
 
 def test_replay_keeps_what_the_last_update_taught(tmp_path):

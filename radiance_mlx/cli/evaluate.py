@@ -8,7 +8,7 @@ import typer
 from ..errors import ServiceUnreachable
 from ..messages import STABLE
 from . import output
-from .options import AsJson, ConfigFile, Home, Token, Url, examples
+from .options import AdapterPath, AsJson, BaseModel, ConfigFile, Home, Token, Url, examples
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,10 +37,7 @@ def evaluate(
         str | None,
         typer.Option(help="Instead of the parent: an id, stable, or base.", metavar="ID", show_default=False),
     ] = None,
-    adapter_path: Annotated[
-        Path | None,
-        typer.Option(help="Any adapter folder that mlx-lm reads.", metavar="FOLDER", show_default=False),
-    ] = None,
+    adapter_path: AdapterPath = None,
     anchor_provider: Annotated[
         Literal["hf", "local"] | None, typer.Option(help="Where the anchors come from.", show_default=False)
     ] = None,
@@ -53,9 +50,7 @@ def evaluate(
     anchor_column: Annotated[
         list[str] | None, typer.Option(help="Column to read; twice for prompt and answer.", show_default=False)
     ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Base model, when no service runs.", show_default=False)
-    ] = None,
+    base_model: BaseModel = None,
     as_json: AsJson = False,
     url: Url = None,
     home: Home = None,

@@ -7,7 +7,7 @@ import typer
 
 from ..messages import STABLE
 from . import output
-from .options import AsJson, ConfigFile, Home, examples
+from .options import AdapterPath, AsJson, BaseModel, ConfigFile, Home, examples
 
 
 def add_to(app: typer.Typer) -> None:
@@ -26,11 +26,8 @@ def fuse(
     checkpoint: Annotated[
         str | None, typer.Argument(help="An id, or stable. Else stable.", metavar="[ID]", show_default=False)
     ] = None,
-    adapter_path: Annotated[
-        Path | None,
-        typer.Option(help="Any adapter folder that mlx-lm reads.", metavar="FOLDER", show_default=False),
-    ] = None,
-    base_model: Annotated[str | None, typer.Option(help="Base model.", show_default=False)] = None,
+    adapter_path: AdapterPath = None,
+    base_model: BaseModel = None,
     as_json: AsJson = False,
     home: Home = None,
     config: ConfigFile = None,

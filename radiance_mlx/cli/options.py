@@ -47,6 +47,13 @@ Token = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+AdapterPath = Annotated[
+    Path | None,
+    typer.Option(help="Any LoRA adapter folder that mlx-lm reads.", metavar="FOLDER", show_default=False),
+]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Base model to load here, else the configured one.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output: JSON on stdout, nothing else there.")]
 
 

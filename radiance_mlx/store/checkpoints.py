@@ -37,6 +37,16 @@ class CheckpointRecord:
     pruned: bool = False  # its folder was removed to save room
     reconsolidated: bool = False  # trained from the base over the whole log of its parent's line
 
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What the policy said of it; empty if it was not asked."""
+        return (self.metrics.get("evaluation") or {}).get("verdict") or {}
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the policy refused it. It is served only if somebody goes to it by hand."""
+        return bool(self.verdict.get("outcome") == "rejected")
+
 
 def reserve(db: sqlite3.Connection, base_hash: str, now: float) -> str:
     """The next checkpoint id of this home; once given, it is not given again."""
@@ -155,8 +165,7 @@ def move(db: sqlite3.Connection, base_hash: str, target: str | None) -> tuple[st
 
 def served_status(record: CheckpointRecord) -> str:
     """What a checkpoint serves as: what its measures made it stays known, however it came to serve."""
-    verdict = (record.metrics.get("evaluation") or {}).get("verdict") or {}
-    return "risky" if verdict.get("outcome") in ("risky", "rejected") else "stable"
+    return "risky" if record.verdict.get("outcome") in ("risky", "rejected") else "stable"
 
 
 def set_status(db: sqlite3.Connection, checkpoints: Iterable[str], status: str) -> None:
