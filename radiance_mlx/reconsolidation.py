@@ -49,7 +49,10 @@ class Reconsolidation:
         )
 
     async def begin(self) -> tuple[str, str]:
-        """Record one of the stable checkpoint; (its job, what it becomes). Raises `Conflict` if that moves."""
+        """Record one of the stable checkpoint; (its job, what it becomes).
+
+        Raises `Conflict` if that moves, or an update waits.
+        """
         stable = str(self._lineage.stable)
         return await self._store(lambda s: s.start_reconsolidation(self._lineage.base_hash, stable))
 

@@ -188,7 +188,7 @@ class Scheduler:
     async def _reconsolidate(self) -> None:
         try:
             job, checkpoint = await self._reconsolidation.begin()
-        except Conflict:  # the stable checkpoint is moving
+        except Conflict:  # the stable checkpoint is moving, or an update was accepted between looking and starting
             return
         await self._train(checkpoint, (job,), reconsolidates=True)
 

@@ -187,11 +187,13 @@ class Store:
     def start_reconsolidation(self, base_hash: str, consolidates: str) -> tuple[str, str]:
         """Make a job, in training from its beginning; (its id, the checkpoint that it becomes).
 
-        Raises `Conflict` unless `consolidates` is the stable checkpoint of this base.
+        Raises `Conflict` unless `consolidates` is the stable checkpoint of this base and no job waits.
         """
         with self._database.write() as db:
             if checkpoints.stable(db, base_hash) != consolidates:
                 raise Conflict(f"{consolidates} is not the stable checkpoint: its log is not trained anew.")
+            if jobs.in_states(db, ["queued"]):
+                raise Conflict("An update waits: the log is not trained anew.")
             now = self._clock()
             job = acceptance.new_job(db, [], [], "queued", None, "", now, consolidates)
             checkpoint = checkpoints.reserve(db, base_hash, now)
