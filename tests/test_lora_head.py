@@ -22,7 +22,7 @@ MODELS = {
 
 
 def loss_and_grads(tree, head, batch):
-    value_and_grad = nn.value_and_grad(tree.module, LossFunction(head))
+    value_and_grad = nn.value_and_grad(tree.module, LossFunction(tree, head))
     (loss, count), grads = value_and_grad(tree.module, *batch)
     return loss.item(), int(count), dict(tree_flatten(grads))
 
@@ -52,6 +52,44 @@ def test_loss_and_gradients_are_those_of_the_full_head(config, bits):
     size = max(mx.abs(grad).max().item() for grad in grads.values())
     assert size > 1e-4
     assert tiny.furthest(same_grads, grads) <= 1e-5 * size
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_the_last_layer_works_on_target_rows_too(config):
+    """What it does to each position by itself is done to the wanted ones; other layers see all of them."""
+    base = tiny.model(config)
+    before = {path: type(module) for path, module in base.named_modules()}
+    install_head(base, tiny.VOCAB)
+    after = {path: type(module) for path, module in base.named_modules()}
+    changed = [path for path in before if after[path] is not before[path] and ".layers." in path]
+    last, name = len(base.layers) - 1, "feed_forward" if config["model_type"] == "lfm2" else "mlp"
+    assert [path.partition(".layers.")[2] for path in changed] == [f"{last}.{name}"]
+
+
+def test_layers_that_are_computed_twice_do_not():
+    """The gradient's second pass knows no rows any more."""
+    base = tiny.model()
+    kinds = [type(module) for layer in base.layers for module in layer.modules()]
+    assert install_head(base, tiny.VOCAB, narrow=False) is not None
+    assert [type(module) for layer in base.layers for module in layer.modules()] == kinds
+
+
+class _Smoothed(nn.Module):
+    """Looks like an MLP, and mixes positions."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x):
+        return self.inner(x) + mx.cumsum(x, axis=1)
+
+
+def test_what_mixes_positions_is_left_alone():
+    base = tiny.model()
+    base.layers[-1].mlp = _Smoothed(base.layers[-1].mlp)
+    assert install_head(base, tiny.VOCAB) is not None
+    assert type(base.layers[-1].mlp) is _Smoothed
 
 
 def test_only_target_rows_reach_the_head():

@@ -413,7 +413,7 @@ def test_the_best_weights_are_in_the_estimate(base):
             rank=4,
             vocab_size=tiny.VOCAB,
             bank_bytes=0,
-            head_on_targets=True,
+            head=None,
         )
         for patience in (0, 1)
     ]

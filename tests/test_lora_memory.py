@@ -1,5 +1,6 @@
 """The estimate of what a batch needs against what it takes, and the refusal that names what to change."""
 
+import copy
 import gc
 
 import mlx.core as mx
@@ -10,7 +11,9 @@ from architectures import ARCHITECTURES
 
 from radiance_mlx.errors import NotEnoughMemory
 from radiance_mlx.lora import memory
+from radiance_mlx.lora.cross_entropy import CHUNK_ON_CPU
 from radiance_mlx.lora.encoding import Encoded
+from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.targets import find_targets
 
 LLAMA = {**tiny.LLAMA, "hidden_size": 128, "intermediate_size": 384, "vocab_size": tiny.VOCAB}
@@ -28,6 +31,7 @@ CASES = {
     "4 bit": (LLAMA, 150, 2, {"bits": 4}),
     "half precision": (LLAMA, 150, 2, {"dtype": mx.bfloat16}),
     "full head": ({**LLAMA, "vocab_size": 4096}, 120, 2, {"full_head": True}),
+    "logits in chunks": ({**LLAMA, "vocab_size": CHUNK_ON_CPU // 16}, 120, 2, {}),
     "experts": (ARCHITECTURES["qwen3_moe"], 150, 2, {}),
     "experts, short rows": (ARCHITECTURES["qwen3_moe"], 30, 16, {}),
     "convolutions": (ARCHITECTURES["lfm2"], 150, 2, {}),
@@ -36,7 +40,7 @@ CASES = {
 
 
 def estimate(base, data, section, names=("q_proj", "v_proj"), **options):
-    defaults = {"rank": 4, "vocab_size": tiny.VOCAB, "bank_bytes": 0, "head_on_targets": True}
+    defaults = {"rank": 4, "vocab_size": tiny.VOCAB, "bank_bytes": 0, "head": None}
     return memory.estimate(base, find_targets(base, names), data, section, **{**defaults, **options})
 
 
@@ -56,7 +60,8 @@ def test_the_estimate_is_near_what_training_takes(case):
     accum, full_head = options["grad_accum"], options.get("full_head", False)
     section = tiny.settings(batch_size=count, grad_accum=accum, max_steps=1, grad_checkpoint=options["grad_checkpoint"])
     data = rows(count * accum, length)
-    head = {"head_on_targets": not full_head, "vocab_size": config["vocab_size"]}
+    vocab = config["vocab_size"]
+    head = {"head": None if full_head else install_head(copy.deepcopy(base), vocab), "vocab_size": vocab}
     needed = estimate(base, data, section, options["names"], dropout=options["dropout"], **head)
 
     gc.collect()

@@ -175,9 +175,10 @@ def tree(base: nn.Module, names: Sequence[str] = ATTENTION, **options: Any) -> T
 def trainer(base: nn.Module, data: Sequence[Encoded], section: TrainingSection, **options: Any) -> Trainer:
     """A trainer as the engine prepares it: the head on targets unless `full_head`; the rest goes to `tree`."""
     full_head = options.pop("full_head", False)
+    narrow = options.pop("narrow", not section.grad_checkpoint)
     on_step = options.pop("on_step", lambda trainer: None)
     made = tree(base, grad_checkpoint=section.grad_checkpoint, **options)
-    head = None if full_head else install_head(made.module, VOCAB)
+    head = None if full_head else install_head(made.module, base.args.vocab_size, narrow=narrow)
     return Trainer(made, head, data, section, 1, on_step)
 
 

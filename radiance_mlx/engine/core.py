@@ -48,7 +48,7 @@ class Engine:
         self._base = load_base(config, cpu=self._backend.name == "cpu")
         module = self._base.module
         self._targets = find_targets(module, config.lora.targets, config.lora.num_layers)
-        self._head_on_targets = install_head(copy.deepcopy(module), self._base.vocab_size) is not None
+        self._head = install_head(copy.deepcopy(module), self._base.vocab_size)
         tree = copy.deepcopy(module)
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
@@ -73,7 +73,7 @@ class Engine:
         warnings = []
         if not batched:
             warnings.append("this model cannot decode in batches with mlx-lm: requests are answered one by one")
-        if not self._head_on_targets:
+        if self._head is None:
             warnings.append("the output head was not found: training computes logits for prompts too")
         return EngineFacts(
             base_model=self._config.base_model,
@@ -155,7 +155,7 @@ class Engine:
                 batch,
                 bank_bytes=self._bank.nbytes,
                 context=self._base.context,
-                head_on_targets=self._head_on_targets,
+                base_head=self._head,
                 backend=self._backend,
                 report=report,
                 cancelled=cancelled,

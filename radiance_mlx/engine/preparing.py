@@ -63,12 +63,12 @@ class Preparation:
         on_step: Callable[[Trainer], None],
         *,
         bank_bytes: int,
-        head_on_targets: bool,
+        base_head: TargetRows | None,
     ) -> None:
         self._base, self._targets, self._encoder = base, targets, encoder
         self._config, self._settings, self._home, self._batch = config, config.training, home, batch
         self._rehearsed, self._on_step = rehearsed, on_step
-        self._bank_bytes, self._head_on_targets = bank_bytes, head_on_targets
+        self._bank_bytes, self._base_head = bank_bytes, base_head
         self._lasting: Lasting | None = None
         if Lasting.wanted(config.replay, config.rehearsal):
             asked = Asked(
@@ -130,7 +130,8 @@ class Preparation:
             rank=self._config.lora.r,
             vocab_size=self._base.vocab_size,
             bank_bytes=self._bank_bytes,
-            head_on_targets=self._head_on_targets,
+            head=self._base_head,
+            rehearsal=self._config.rehearsal.kl_weight > 0,
             dropout=self._config.lora.dropout,
         )
         memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
@@ -147,7 +148,9 @@ class Preparation:
             grad_checkpoint=self._settings.grad_checkpoint,
             plain=self._settings.slice_ms == 0,
         )
-        self.head = install_head(tree.module, self._base.vocab_size) if self._head_on_targets else None
+        if self._base_head is not None:
+            narrow = not self._settings.grad_checkpoint
+            self.head = install_head(tree.module, self._base.vocab_size, narrow=narrow)
         trainer = Trainer(
             tree,
             self.head,

@@ -19,6 +19,7 @@ from ..evaluation.plan import Plan
 from ..lora import files
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder
+from ..lora.head import TargetRows
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
@@ -49,7 +50,7 @@ class TrainingTask:
         *,
         bank_bytes: int,
         context: int,
-        head_on_targets: bool,
+        base_head: TargetRows | None,
         backend: Backend,
         report: Report,
         cancelled: threading.Event,
@@ -72,7 +73,7 @@ class TrainingTask:
             plan.rehearsed if plan else (),
             self._after_step,
             bank_bytes=bank_bytes,
-            head_on_targets=head_on_targets and self._sliced,
+            base_head=base_head if self._sliced else None,
         )
         self._notes = self._preparation.notes
         self._notes += plan.notes if plan else ()

@@ -1,10 +1,13 @@
-"""An output head only where there are targets.
+"""An output head, and the last layer's MLP, only where there are targets.
 
 With the prompt masked, logits are needed at answer positions alone. The head of a training tree is made to
 take just those rows of its input: equal loss and gradients, less time and memory. Where exactly one module
-can be the head, it is used; otherwise (`find_head` gives None) the full head is.
+can be the head, it is used; otherwise (`install_head` gives None) the full head is. What the last layer does to
+each position by itself is then done to those rows only, too: nobody looks at the others any more.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,29 +17,55 @@ from .targets import LINEAR
 
 
 class TargetRows:
-    """Positions whose logits are wanted: flat indices (n,) int32, or None for all. `hits` counts head calls."""
+    """Positions whose logits are wanted: flat indices (n,) int32, or None for all. `hits` counts head calls.
 
-    def __init__(self) -> None:
+    `project` maps rows of the head's input (n, dims) to the model's logits (n, vocabulary), where that is all that
+    becomes of them; None where the model does more with what its head gives.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self.positions: mx.array | None = None
         self.hits = 0
+        self.project: Callable[[mx.array], mx.array] | None = None
+        self._taken: mx.array | None = None
 
     def take(self, hidden: mx.array) -> mx.array:
         """(rows, length, dims) → (1, n, dims)."""
         self.hits += 1
+        if self.positions is not None:
+            hidden = hidden.reshape(-1, hidden.shape[-1])[self.positions][None]
+        self._taken = hidden
+        return hidden
+
+    def only(self, function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        """`function` of the wanted positions of `x` (rows, length, dims), and 0 at the others."""
         if self.positions is None:
-            return hidden
-        return hidden.reshape(-1, hidden.shape[-1])[self.positions][None]
+            return function(x)
+        y = function(x.reshape(-1, x.shape[-1])[self.positions][None])[0]
+        return mx.zeros((x.shape[0] * x.shape[1], y.shape[-1]), y.dtype).at[self.positions].add(y).reshape(x.shape)
+
+    def hidden(self, module: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
+        """What the head of `module` is given at `positions`, (n, dims); its logits are not computed."""
+        self.positions = positions
+        try:
+            module(inputs)
+            assert self._taken is not None
+            return self._taken[0]
+        finally:
+            self.positions = self._taken = None
 
 
-def install_head(tree: nn.Module, vocab_size: int) -> TargetRows | None:
+def install_head(tree: nn.Module, vocab_size: int, *, narrow: bool = True) -> TargetRows | None:
     """Make the head of `tree` take target rows; None (and nothing changed) unless it is certain which it is.
 
-    Only this tree's instances change, not their classes, nor trees that share their arrays.
+    With `narrow` the last layer does, too. Layers that are computed once more for the gradient must not: by then
+    the rows are forgotten. Only this tree's instances change, not their classes, nor trees that share their arrays.
     """
     heads = _candidates(tree, vocab_size)
     if not heads:
         return None
-    rows = TargetRows()
+    rows = TargetRows(vocab_size)
     originals = [(module, type(module)) for module in heads]
     for module in heads:
         module.__class__ = _taking(type(module), rows)
@@ -51,16 +80,70 @@ def install_head(tree: nn.Module, vocab_size: int) -> TargetRows | None:
         certain = False
     rows.positions = None
     if certain:
+        hidden = rows.hidden(tree, probe, mx.array([1]))
+        rows.project = next((p for p in map(_projection, originals) if _gives(p, hidden, full[0, 1])), None)
+        if narrow:
+            _narrow_last_layer(tree, rows, hidden.shape[-1])
         return rows
     for module, kind in originals:
         module.__class__ = kind
     return None
 
 
+def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> None:
+    """Have the last layer's position-wise parts done at `rows` only, if the logits there stay what they were."""
+    layer = tree.layers[-1]
+    parts = [] if layer is None else [m for m in layer.children().values() if isinstance(m, nn.Module)]
+    parts = [m for m in parts if any(isinstance(inner, LINEAR) for inner in m.modules())]
+    probe, place = mx.array([[0, 1, 2, 3]]), mx.array([2])
+    before = rows.hidden(tree, probe, place)
+    for part in parts:
+        if not _is_position_wise(part, dims, before.dtype):
+            continue
+        kind = type(part)
+        part.__class__ = _narrowed(kind, rows)
+        if not _alike(rows.hidden(tree, probe, place), before):
+            part.__class__ = kind
+
+
+def _is_position_wise(part: nn.Module, dims: int, dtype: mx.Dtype) -> bool:
+    """Whether a position's output depends on nothing but its input, and is of the same size."""
+    x = mx.random.normal((1, 4, dims), key=mx.random.key(0)).astype(dtype)
+    try:
+        whole, alone = part(x), part(x[:, 2:3])
+        return whole.shape == x.shape and _alike(alone[0, 0], whole[0, 2])
+    except (ValueError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def _narrowed(kind: type, rows: TargetRows) -> type:
+    def call(self: Any, x: mx.array, *more: Any, **named: Any) -> mx.array:
+        return rows.only(lambda x: kind.__call__(self, x, *more, **named), x)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _projection(original: tuple[nn.Module, type]) -> Callable[[mx.array], mx.array]:
+    module, kind = original
+    return partial(getattr(kind, _method(kind)), module)
+
+
+def _gives(project: Callable[[mx.array], mx.array], hidden: mx.array, logits: mx.array) -> bool:
+    try:
+        return _alike(project(hidden)[0], logits)
+    except ValueError:  # of other shapes
+        return False
+
+
+def _method(kind: type) -> str:
+    return "as_linear" if hasattr(kind, "as_linear") else "__call__"
+
+
 def _alike(part: mx.array, full: mx.array) -> bool:
     """Equal but for rounding, which in half precision differs with the shape of a product."""
+    tolerance = 1e-3 if full.dtype == mx.float32 else 0.02
     part, full = part.astype(mx.float32), full.astype(mx.float32)
-    return bool((mx.abs(part - full).max() <= 0.02 * (full.max() - full.min())).item())
+    return bool((mx.abs(part - full).max() <= tolerance * (full.max() - full.min())).item())
 
 
 def _candidates(tree: nn.Module, vocab_size: int) -> list[nn.Module]:
@@ -72,7 +155,7 @@ def _candidates(tree: nn.Module, vocab_size: int) -> list[nn.Module]:
 
 
 def _taking(kind: type, rows: TargetRows) -> type:
-    method = "as_linear" if hasattr(kind, "as_linear") else "__call__"
+    method = _method(kind)
 
     def call(self: Any, x: mx.array) -> mx.array:
         return getattr(kind, method)(self, rows.take(x))

@@ -16,7 +16,9 @@ from mlx.utils import tree_flatten
 
 from ..config.schema import TrainingSection
 from ..errors import NotEnoughMemory
+from .cross_entropy import chunk_rows
 from .encoding import Encoded
+from .head import TargetRows
 from .targets import EXPERTS, LINEAR, Targets, input_dims, layer_paths
 
 #: what mlx-lm's attention modules call their number of heads, and its routers the experts that a token gets
@@ -56,10 +58,11 @@ def estimate(
     rank: int,
     vocab_size: int,
     bank_bytes: int,
-    head_on_targets: bool,
+    head: TargetRows | None,
+    rehearsal: bool = False,
     dropout: float = 0.0,
 ) -> Estimate:
-    """What training `examples` takes at its largest micro-batch."""
+    """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows."""
     rows = sorted(examples, key=lambda e: len(e.tokens))[-settings.batch_size :]
     width = 32 * math.ceil(max(len(e.tokens) for e in rows) / 32)
     tokens = width * len(rows)
@@ -71,7 +74,9 @@ def estimate(
     else:
         activations = sum(layer.bytes_per_token for layer in layers) * tokens + sum(scores)
     activations += _SCORES_AT_WORK * max(scores)
-    targeted = sum(e.targets for e in rows) if head_on_targets else tokens
+    targeted = tokens if head is None else sum(e.targets for e in rows)
+    if head is not None and head.project is not None and not rehearsal:  # whose distributions are whole
+        targeted = min(targeted, chunk_rows(vocab_size))
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]
     adapter = sum(4 * rank * (width_in + width_out) for width_in, width_out in shapes)
     best = settings.patience > 0  # weights and optimizer of the best evaluation are kept

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
 from .batches import Batch, target_positions
+from .cross_entropy import head_losses
 from .head import TargetRows
 from .tree import TrainingTree
 
@@ -87,18 +88,29 @@ def in_order(arrays: list[mx.array]) -> Iterator[Piece]:
 
 
 class LossFunction:
-    """mlx-lm's `default_loss`, or the same over target rows only where the head allows it."""
+    """mlx-lm's `default_loss`, or the same over target rows only where the head of `tree` allows it."""
 
-    def __init__(self, head: TargetRows | None) -> None:
-        self._head = head
+    def __init__(self, tree: TrainingTree, head: TargetRows | None) -> None:
+        self._head, self._tape = head, tree.tape
 
     def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, Any]:
         """(token-mean cross-entropy in nats, number of targets)."""
         if self._head is None:
             return default_loss(module, tokens, spans)
-        logits, targets = target_logits(module, self._head, (tokens, spans))
-        losses = nn.losses.cross_entropy(logits, mx.array(targets))
-        return losses.astype(mx.float32).mean(), len(targets)
+        if self._head.project is None:
+            logits, targets = target_logits(module, self._head, (tokens, spans))
+            losses = nn.losses.cross_entropy(logits, mx.array(targets))
+            return losses.astype(mx.float32).mean(), len(targets)
+        positions, targets = target_positions((tokens, spans))
+        hidden = self._head.hidden(module, tokens[:, :-1], mx.array(positions))
+        losses = head_losses(
+            hidden, targets, self._head.project, self._head.vocab_size, self._note, with_gradient=module.training
+        )
+        return losses.mean(), len(targets)
+
+    def _note(self, array: mx.array) -> None:
+        if self._tape.active:
+            self._tape.outputs.append(array)
 
 
 class MicroBatch:

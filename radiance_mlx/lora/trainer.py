@@ -87,7 +87,7 @@ class Trainer:
         self.trained_tokens = 0
         self.finished_early = ""
         self._on_step = on_step
-        self._loss = LossFunction(head)
+        self._loss = LossFunction(tree, head)
         self._micro = MicroBatch(tree, self._loss)
         self._rehearse = MicroBatch(tree, RehearsalLoss(head, self.rehearsal.kl_weight if self.rehearsal else 0.0))
         self._seconds = 0.0

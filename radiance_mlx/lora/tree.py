@@ -2,7 +2,8 @@
 
 `TapedLoRALinear` is mlx-lm's `LoRALinear` that also notes its output on the tree's `Tape` (where a step may
 be cut) and draws its dropout from a key of its own, so that the mask depends on nothing but the step: not on
-decoding in between, nor on a layer that is computed twice under gradient checkpointing.
+decoding in between, nor on a layer that is computed twice under gradient checkpointing. It adds the low-rank
+product inside the products themselves, forward and backward, instead of in passes of their own.
 """
 
 import contextlib
@@ -46,18 +47,38 @@ class TapedLoRALinear(LoRALinear):
     """See the module's docstring; `_tape`, `_path`, `_index` and `_rate` are set by `make_tree`."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
-        z = (self._dropped(x) @ self.lora_a) @ self.lora_b
-        out = y + (self.scale * z).astype(x.dtype)
+        dropping = self.training and self._rate > 0.0
+        if not dropping and x.dtype == self.lora_a.dtype:
+            out = _added(self.linear, self.scale)(x, self.lora_a, self.lora_b)
+        else:
+            low = self.scale * ((self._dropped(x) if dropping else x) @ self.lora_a)
+            out = self.linear(x) + (low @ self.lora_b).astype(x.dtype)
         self._tape.note(self._path, out)
         return out
 
     def _dropped(self, x: mx.array) -> mx.array:
-        if not self.training or self._rate == 0.0:
-            return x
         key = mx.random.split(self._tape.key, self._count)[self._index]
         keep = mx.random.bernoulli(1.0 - self._rate, x.shape, key=key)
         return x * keep.astype(x.dtype) * (1.0 / (1.0 - self._rate))
+
+
+def _added(linear: nn.Module, scale: float) -> Any:
+    """`linear(x) + scale * x @ a @ b` of (x, a, b), for a frozen `linear` and arrays of one dtype."""
+
+    def forward(x: mx.array, a: mx.array, b: mx.array) -> mx.array:
+        return mx.addmm(linear(x), scale * (x @ a), b)
+
+    def backward(primals: tuple[mx.array, ...], above: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        x, a, b = primals
+        _, [into_linear] = mx.vjp(linear, [x], [above])
+        low = scale * (above @ b.T)
+        x, above = x.reshape(-1, x.shape[-1]), above.reshape(-1, above.shape[-1])
+        flat = low.reshape(-1, low.shape[-1])
+        return mx.addmm(into_linear, low, a.T), x.T @ flat, (scale * (x @ a)).T @ above
+
+    function = mx.custom_function(forward)
+    function.vjp(backward)
+    return function
 
 
 class TrainingTree:
