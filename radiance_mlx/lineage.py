@@ -5,6 +5,7 @@ to disk, then given a slot, then recorded; only then does `stable` name it.
 """
 
 import asyncio
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -128,11 +129,14 @@ class Lineage:
 
     async def _serve(self, checkpoint: str | None) -> None:
         self._changed()
-        self.status = BASE
-        if checkpoint is not None:
-            self.status = (await self._store(lambda s: s.checkpoint(checkpoint))).status
-        self.stable = checkpoint
+        status = (await self._store(lambda s: s.checkpoint(checkpoint))).status if checkpoint is not None else BASE
+        await self._now_serves(checkpoint, status)
         await self._write_curves()  # what is stable has changed, or a crash came before they were written
+
+    async def _now_serves(self, checkpoint: str | None, status: str) -> None:
+        self.stable, self.status = checkpoint, status
+        with contextlib.suppress(RadianceError):  # the engine stops, or answers as before: what is published is
+            await self._engine.call(lambda engine: engine.follow(checkpoint))
 
     # --- publishing ------------------------------------------------------------------------------
 
@@ -214,7 +218,7 @@ class Lineage:
             else:
                 await self._engine.call(lambda engine: engine.warm(record.checkpoint))
                 await self._store(lambda s: s.publish(record, events=[("published", data)]))
-                self.stable, self.status = record.checkpoint, record.status
+                await self._now_serves(record.checkpoint, record.status)
                 log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
                 if record.verdict.get("outcome") in ("logged", "risky"):
                     log.warning("over the threshold", checkpoint=record.checkpoint, reason=record.verdict["reason"])

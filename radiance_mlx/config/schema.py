@@ -270,6 +270,7 @@ class ServingSection(Section):
     max_waiting: Positive = 256
     max_context: Positive | None = None
     merge_toward_base: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    fuse: Literal["auto", "off", "always"] = "auto"
 
 
 class MemorySection(Section):

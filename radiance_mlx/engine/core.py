@@ -28,6 +28,7 @@ from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
 from . import backend as backends
 from .backend import Backend
 from .decoder import Decoder, Sink
+from .fused import FusedStable
 from .measuring import Measurements, MeasuringTask
 from .model import load_base
 from .planner import Action, Load, Planner
@@ -53,6 +54,7 @@ class Engine:
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
         batched = decodes_in_batches(tree)
+        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room)
         self._decoder = Decoder(
             self._base,
             tree,
@@ -62,6 +64,7 @@ class Engine:
             config.serving,
             config.memory,
             batched=batched,
+            fused=self._fused,
         )
         self._planner = Planner(config.training.share)
         self._task: TrainingTask | MeasuringTask | None = None
@@ -103,6 +106,13 @@ class Engine:
         """Load a checkpoint into the bank. Raises `CheckpointDamaged`."""
         return self._decoder.warm(checkpoint)
 
+    def follow(self, stable: str | None) -> None:
+        """`stable` (None: the base) is what most will ask from now on."""
+        self._fused.follow(stable, lambda: self.checkpoint(str(stable)))
+
+    def _room(self) -> int:
+        return self._backend.memory_bytes - mx.get_active_memory()
+
     def prompt_encoder(self) -> ChatEncoder:
         """An encoder for another thread: it shares nothing with this one (fast tokenizers are not for two at once)."""
         return ChatEncoder(copy.deepcopy(self._base.tokenizer), self._config.model.chat_template_args)
@@ -111,6 +121,7 @@ class Engine:
         """Numbers for `/info`."""
         return {
             **self._decoder.facts(),
+            **self._fused.facts(),
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
             "cache_memory_bytes": mx.get_cache_memory(),
@@ -153,7 +164,7 @@ class Engine:
                 self._config,
                 self._home,
                 batch,
-                bank_bytes=self._bank.nbytes,
+                bank_bytes=self._bank.nbytes + self._fused.nbytes,
                 context=self._base.context,
                 base_head=self._head,
                 backend=self._backend,
@@ -208,7 +219,7 @@ class Engine:
 
     def step(self) -> bool:
         """Do one thing; False if there was nothing to do."""
-        action = self._planner.next(Load(self._decoder.load, self._task is not None))
+        action = self._planner.next(Load(self._decoder.load, self._task is not None or self._fused.pending))
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
@@ -232,6 +243,9 @@ class Engine:
 
     def _background(self) -> None:
         task, seconds = self._task, self._config.training.slice_ms / 1000
+        if self._fused.pending:  # soon done, and whoever asks is answered the faster
+            self._fused.slice(seconds)
+            return
         assert task is not None
         before = task.step if isinstance(task, TrainingTask) else 0
         try:

@@ -19,6 +19,7 @@ from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..messages import BASE, Answer, Generate, TextDelta
+from .fused import FusedStable
 from .generation import JoiningGenerator
 from .model import BaseModel
 from .prompts import PromptCache
@@ -72,11 +73,12 @@ class Decoder:
         memory: MemorySection,
         *,
         batched: bool = True,
+        fused: FusedStable | None = None,
     ) -> None:
         self._base, self._weights, self._encoder = base, weights, encoder
         self._bank, self._serving, self._memory = bank, serving, memory
         self._batch = serving.max_batch if batched else 1
-        self._model = BankModel(tree, bank.rows)
+        self._model = BankModel(tree, bank.rows, fused)
         self._context = min(base.context, serving.max_context or base.context)
         self._slots = Slots(bank.slots)
         self._prompts = PromptCache(int(serving.prompt_cache_mb * 2**20))
@@ -242,7 +244,8 @@ class Decoder:
     def _insert(self, number: int, sequence: _Sequence) -> None:
         sampling = sequence.request.sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
-        row = RowState(sequence.slot, sampling.temperature, sampling.top_p, _fold(seed))
+        kept = None if sequence.live or sequence.slot == BASE_SLOT else sequence.checkpoint
+        row = RowState(sequence.slot, sampling.temperature, sampling.top_p, _fold(seed), kept)
         cache, rest = (None, sequence.prompt)
         if not sequence.live:
             cache, rest = self._prompts.take(sequence.checkpoint, sequence.prompt)

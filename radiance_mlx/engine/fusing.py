@@ -1,4 +1,4 @@
-"""A base and an adapter as one model folder, which `mlx_lm.load` reads without the adapter."""
+"""An adapter folded into a base's weights; as a model folder, which `mlx_lm.load` reads without the adapter."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from mlx_lm.utils import save
 
 from ..errors import InvalidRequest, StoreError
 from ..lora.bank import AdapterWeights
+from ..lora.targets import input_dims
 from ..lora.tree import adapter_tree
 from .model import BaseModel
 
@@ -27,7 +28,9 @@ def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
     """
     refuse_existing(out)
     module = adapter_tree(base.module, adapter).module
-    folded = [(path, _folded(m)) for path, m in module.named_modules() if isinstance(m, LoRALinear)]
+    adapted = [(path, m) for path, m in module.named_modules() if isinstance(m, LoRALinear)]
+    folded = [(path, fold(m.linear, m.lora_a, m.lora_b, m.scale)) for path, m in adapted]
+    mx.eval([plain.parameters() for _, plain in folded])
     module.update_modules(tree_unflatten(folded))
     beside = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
@@ -47,17 +50,24 @@ def refuse_existing(out: Path) -> None:
         raise InvalidRequest(f"{out} is there already.", "Name a new folder: nothing is overwritten.")
 
 
-def _folded(lora: LoRALinear) -> nn.Linear:
-    linear = lora.linear
-    quantised = isinstance(linear, nn.QuantizedLinear)
-    dtype = linear.scales.dtype if quantised else linear.weight.dtype
+def fold(linear: nn.Module, a: mx.array, b: mx.array, scale: float) -> nn.Linear:
+    """A linear with the weight W + scale·(a b)ᵀ, in W's dtype or that of a quantised W's scales; not evaluated."""
     plain = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(plain)
-    plain.weight = (_whole(linear) + lora.scale * (lora.lora_a @ lora.lora_b).T.astype(mx.float32)).astype(dtype)
+    added = scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
+    plain.weight = (_whole(linear) + added).astype(_dtype(linear))
     if "bias" in linear:
         plain.bias = linear.bias
-    mx.eval(plain.parameters())
     return plain
+
+
+def folded_bytes(linear: nn.Module) -> int:
+    """What the weight that `fold` makes of `linear` takes."""
+    return int(linear.weight.shape[0]) * input_dims(linear) * _dtype(linear).size
+
+
+def _dtype(linear: nn.Module) -> mx.Dtype:
+    return linear.scales.dtype if isinstance(linear, nn.QuantizedLinear) else linear.weight.dtype
 
 
 def _whole(linear: nn.Module) -> mx.array:

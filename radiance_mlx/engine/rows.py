@@ -15,6 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
 from ..lora.bank import BASE_SLOT, ActiveRows
+from .fused import FusedStable
 
 COLDEST, HOTTEST = 1e-4, 1e30  # of temperatures: dividing by less overflows, by more is not done in 32 bits
 NARROWEST = 1e-7  # of top_p: less than the likeliest token of any vocabulary has
@@ -26,10 +27,11 @@ class RowState:
     What leaves one token only, so little heat or top_p, is greedy (temperature 0).
     """
 
-    __slots__ = ("drawn", "seed", "slot", "temperature", "top_p")
+    __slots__ = ("checkpoint", "drawn", "seed", "slot", "temperature", "top_p")
 
-    def __init__(self, slot: int, temperature: float, top_p: float, seed: int) -> None:
-        self.slot, self.top_p, self.seed = slot, top_p, seed
+    def __init__(self, slot: int, temperature: float, top_p: float, seed: int, checkpoint: str | None = None) -> None:
+        """`checkpoint` is what the slot holds, if that stays as it is."""
+        self.slot, self.top_p, self.seed, self.checkpoint = slot, top_p, seed, checkpoint
         one_only = temperature < COLDEST or top_p < NARROWEST
         self.temperature = 0.0 if one_only else min(temperature, HOTTEST)
         self.drawn = 0
@@ -46,6 +48,8 @@ class RowEntry:
         slots = [row.slot for row in rows]
         self.slots = None if all(slot == BASE_SLOT for slot in slots) else mx.array(slots, dtype=mx.uint32)
         self.greedy = all(row.temperature == 0 for row in rows)
+        names = {row.checkpoint for row in rows}
+        self.checkpoint = names.pop() if len(names) == 1 else None  # what all rows use
 
     # --- what mlx-lm asks of a cache -------------------------------------------------------------
 
@@ -94,12 +98,15 @@ class RowEntry:
 
 
 class BankModel(nn.Module):
-    """The serving tree as `BatchGenerator` calls it: the last cache entry says which adapter each row has."""
+    """The serving tree as `BatchGenerator` calls it: the last cache entry says which adapter each row has.
 
-    def __init__(self, tree: nn.Module, rows: ActiveRows) -> None:
+    While all rows have the checkpoint that is `fused`, its own tree answers.
+    """
+
+    def __init__(self, tree: nn.Module, rows: ActiveRows, fused: FusedStable | None = None) -> None:
         super().__init__()
         self.tree = tree
-        self._active = rows
+        self._active, self._fused = rows, fused
         self.current: RowEntry | None = None
 
     @property
@@ -112,8 +119,10 @@ class BankModel(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         entry = cache[-1]
-        self._active.slots = entry.slots
         self.current = entry
+        if self._fused and self._fused.tree and entry.checkpoint == self._fused.name:
+            return self._fused.tree(tokens, cache=cache[:-1])
+        self._active.slots = entry.slots
         return self.tree(tokens, cache=cache[:-1])
 
 

@@ -79,6 +79,10 @@ class Bank:
         """Bytes of all stacks."""
         return sum(m.a.nbytes + m.b.nbytes for m in self._linears.values())
 
+    def linear(self, path: str) -> BankLinear:
+        """The banked linear at `path`."""
+        return self._linears[path]
+
     def write(self, slot: int, adapter: AdapterWeights) -> None:
         """Fill `slot`; the scale is folded into `b`, a smaller rank padded with zeros, absent modules zeroed.
 

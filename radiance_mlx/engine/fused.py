@@ -1,0 +1,128 @@
+"""`serving.fuse`: the stable checkpoint folded into weights of its own, beside the bank.
+
+That spares each step the low-rank products, and takes the targets' weights once more (in full precision, where the
+base is quantised). The folded tree answers while every row of the batch is the stable checkpoint's; a mixed batch
+uses the bank, since two passes would read all weights twice. A row may go from one to the other between two tokens:
+they differ by rounding.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..errors import RadianceError
+from ..lora.bank import AdapterWeights, Bank
+from ..lora.memory import readable
+from ..lora.step import Piece
+from .fusing import fold, folded_bytes
+from .slices import Slices
+
+log = logging.getLogger(__name__)
+#: `auto` folds if the folded linears take at most so much of the bank's time
+WORTH_IT = 0.98
+_REPEATS = 12
+
+
+class FusedStable:
+    """Belongs to the engine's thread. `tree` answers for the checkpoint `name`, once it is there."""
+
+    def __init__(
+        self, base: nn.Module, bank: Bank, mode: Literal["auto", "off", "always"], room: Callable[[], int]
+    ) -> None:
+        """`room` tells how many bytes may still be taken."""
+        self._base, self._bank, self._mode, self._room = base, bank, mode, room
+        self._folding: Slices | None = None
+        self._worth: bool | None = None  # as far as it has been measured
+        self.name: str | None = None
+        self.tree: nn.Module | None = None
+        self.why_not = "" if mode != "off" else "serving.fuse is off"
+        self.nbytes = 0
+
+    def follow(self, name: str | None, load: Callable[[], AdapterWeights]) -> None:
+        """The stable checkpoint is `name` from now on (None: the base). What was folded goes at once."""
+        if name is not None and name == self.name:
+            return
+        self.name = self.tree = self._folding = None
+        self.nbytes = 0
+        if name is not None and self._mode != "off" and self._worth is not False:
+            self._folding = Slices(self._pieces(name, load), lambda: None)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to fold."""
+        return self._folding is not None
+
+    def slice(self, seconds: float) -> None:
+        """Fold for about `seconds`. A fault is logged, and the bank goes on to answer."""
+        assert self._folding is not None
+        try:
+            if not self._folding.run(seconds):
+                return
+        except Exception as error:
+            message = error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
+            self._refuse(f"folding failed: {message}")
+        self._folding = None
+
+    def facts(self) -> dict[str, Any]:
+        """For `/info`."""
+        return {"fused": self.name, "fused_bytes": self.nbytes, "not_fused": self.why_not or None}
+
+    # --- folding ---------------------------------------------------------------------------------
+
+    def _refuse(self, why: str) -> None:
+        self.why_not = why
+        if self._mode == "always":
+            log.warning("the stable checkpoint is not folded: %s", why)
+
+    def _pieces(self, name: str, load: Callable[[], AdapterWeights]) -> Iterator[Piece]:
+        adapter = load()
+        modules = dict(self._base.named_modules())
+        needed, room = sum(folded_bytes(modules[path]) for path in adapter.weights), self._room()
+        if needed > room:
+            self._refuse(f"its weights take {readable(needed)}, and {readable(max(room, 0))} may be taken")
+            return
+        if self._mode == "auto" and self._worth is None:
+            yield Piece([], barrier=True, pause=True)
+            self._worth = self._is_faster(modules, adapter)
+            yield Piece([], barrier=True, pause=True)
+        if self._mode == "auto" and not self._worth:
+            self._refuse("for this base it was measured to be no faster than the bank")
+            return
+        folded = []
+        for path, (a, b) in adapter.weights.items():
+            plain = fold(modules[path], a, b, adapter.scale)
+            yield Piece([plain.weight], barrier=True)
+            folded.append((path, plain))
+        tree = copy.deepcopy(self._base)
+        tree.update_modules(tree_unflatten(folded))
+        tree.eval()
+        self.name, self.tree, self.nbytes, self.why_not = name, tree, needed, ""
+
+    def _is_faster(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> bool:
+        """One token through the linears of one layer, by the bank and folded, in turns; the fastest of each counts."""
+        paths = list(adapter.weights)
+        first = paths[len(paths) // 2].rpartition(".layers.")[2].partition(".")[0]
+        paths = [path for path in paths if f".layers.{first}." in path] or paths[:1]
+        banked = [self._bank.linear(path) for path in paths]
+        plain = [fold(modules[path], *adapter.weights[path], adapter.scale) for path in paths]
+        inputs = [mx.zeros((1, 1, adapter.weights[path][0].shape[0]), _dtype_of(modules[path])) for path in paths]
+        mx.eval([linear.parameters() for linear in plain], inputs)
+        best = [float("inf")] * 2
+        for _ in range(_REPEATS):
+            for i, (linears, slots) in enumerate(((banked, mx.array([1], dtype=mx.uint32)), (plain, None))):
+                self._bank.rows.slots = slots
+                started = time.perf_counter()
+                mx.eval([linear(x) for linear, x in zip(linears, inputs, strict=True)])
+                best[i] = min(best[i], time.perf_counter() - started)
+        self._bank.rows.slots = None
+        return best[1] <= WORTH_IT * best[0]
+
+
+def _dtype_of(linear: nn.Module) -> mx.Dtype:
+    return linear.scales.dtype if isinstance(linear, nn.QuantizedLinear) else linear.weight.dtype
