@@ -53,6 +53,12 @@ class UnsupportedMediaType(RadianceError):
     code, status = "unsupported_media_type", 415
 
 
+class RankLost(RadianceError):
+    """A machine that trains with this one does not answer any more."""
+
+    code, status = "rank_lost", 503
+
+
 class NotFound(RadianceError):
     code, status = "not_found", 404
 

@@ -19,7 +19,16 @@ from .config import Config
 from .curation import data_hash
 from .earlier import Log
 from .engine.thread import EngineThread
-from .errors import Cancelled, CheckpointDamaged, Conflict, NotReady, RadianceError, StoreError, TrainingFailed
+from .errors import (
+    Cancelled,
+    CheckpointDamaged,
+    Conflict,
+    NotReady,
+    RadianceError,
+    RankLost,
+    StoreError,
+    TrainingFailed,
+)
 from .evaluator import Evaluator
 from .lineage import Lineage, number_of
 from .messages import Example, Progress, TrainBatch
@@ -205,7 +214,7 @@ class Scheduler:
             if result.notes:
                 await self._store(lambda s: s.add_notes(jobs, result.notes))
             await self._publish(record)
-        except Cancelled as error:
+        except (Cancelled, RankLost) as error:
             await self._give_up(running, error)
         except NotReady:
             await asyncio.shield(self._store(lambda s: s.take_back_attempt(jobs)))

@@ -251,7 +251,14 @@ def http(service: Service, loop: LoopThread) -> Iterator[httpx.Client]:
 class Process:
     """`python -m radiance_mlx run` (or a script that does the same, with faults) on `home`."""
 
-    def __init__(self, home: Path, *arguments: str, script: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *arguments: str,
+        script: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
         self.home = home
         given = {"server.port": 0, **QUICK, **settings}
         flags = [part for key, value in given.items() for part in ("--set", f"{key}={json.dumps(value)}")]
@@ -259,6 +266,7 @@ class Process:
         command = [sys.executable, *start, "run", "--home", str(home), *arguments, *flags]
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RADIANCE_")}
         environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), environ.get("PYTHONPATH", "")])
+        environ |= environment or {}
         home.mkdir(parents=True, exist_ok=True)
         self._log = (home / "test.log").open("ab")
         self._popen = subprocess.Popen(

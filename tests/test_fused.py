@@ -84,7 +84,9 @@ def test_what_was_folded_goes_as_soon_as_another_is_stable():
     served = Served()
     served.fold()
     kept = mx.get_active_memory()
-    assert served.fused.nbytes == sum(folded_bytes(dict(served.base.named_modules())[path]) for path in served.targets.paths)
+    assert served.fused.nbytes == sum(
+        folded_bytes(dict(served.base.named_modules())[path]) for path in served.targets.paths
+    )
     served.fused.follow(None, lambda: None)
     assert (served.fused.tree, served.fused.nbytes, served.fused.pending) == (None, 0, False)
     assert mx.get_active_memory() < kept

@@ -1,15 +1,22 @@
 """`run`: start the service in the foreground and say where it listens."""
 
 import contextlib
+import logging
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import ConfigError
 from . import output
 from .options import examples
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 Announce = Callable[[str, dict[str, Any]], None]
 
@@ -85,10 +92,27 @@ def run(
     }
     flags = {**parse_settings(settings or []), **{k: v for k, v in named.items() if v is not None}}
     loaded = load_config(config_file=config, home=home, flags=flags)
+    if loaded.config.training.distributed != "off" and _is_worker():
+        return _work(loaded.config)
     from ..api.server import serve
 
     secured = loaded.config.server.token is not None
     return serve(loaded, announcer(as_json, secured))
+
+
+def _is_worker() -> bool:
+    """Whether mlx.launch has started this process as another rank than the first, which is the service."""
+    return os.environ.get("MLX_RANK", "0") != "0"
+
+
+def _work(config: "Config") -> int:
+    from ..engine.worker import work
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # it waits within MLX, where Python's handlers are not called
+        signal.signal(number, signal.SIG_DFL)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    work(config)
+    return output.OK
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

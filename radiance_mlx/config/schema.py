@@ -129,6 +129,7 @@ class TrainingSection(Section):
     slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     save_every_s: Duration = 30.0
+    distributed: Annotated[Literal["off", "auto", "ring", "jaccl"], BeforeValidator(_off_is_a_word)] = "off"
     # last: their validators ask for the keys above
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     eval_holdout: bool = False
@@ -270,7 +271,7 @@ class ServingSection(Section):
     max_waiting: Positive = 256
     max_context: Positive | None = None
     merge_toward_base: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    fuse: Literal["auto", "off", "always"] = "auto"
+    fuse: Annotated[Literal["auto", "off", "always"], BeforeValidator(_off_is_a_word)] = "auto"
 
 
 class MemorySection(Section):
@@ -327,6 +328,8 @@ class Config(BaseSettings):
                 "training.grad_checkpoint with training.slice_ms: 0 needs lora.dropout: 0 "
                 "(mlx-lm's recomputation draws another dropout mask)"
             )
+        if self.training.slice_ms == 0 and self.training.distributed != "off":
+            raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) cannot be training.distributed")
         lasting = self.replay.fraction > 0 or self.rehearsal.kl_weight > 0 or self.rehearsal.rewording
         if self.training.slice_ms == 0 and lasting:
             raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) knows no replay and no rehearsal")

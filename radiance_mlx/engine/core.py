@@ -23,6 +23,7 @@ from ..lora import files
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..lora.head import install_head
+from ..lora.ranks import Ranks
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
 from . import backend as backends
@@ -48,6 +49,8 @@ class Engine:
         self._backend: Backend = backends.select(config.backend, config.memory)
         self._base = load_base(config, cpu=self._backend.name == "cpu")
         module = self._base.module
+        distributed = config.training.distributed
+        self._ranks = Ranks(distributed, self._base.fingerprint) if distributed != "off" else None
         self._targets = find_targets(module, config.lora.targets, config.lora.num_layers)
         self._head = install_head(copy.deepcopy(module), self._base.vocab_size)
         tree = copy.deepcopy(module)
@@ -122,6 +125,7 @@ class Engine:
         return {
             **self._decoder.facts(),
             **self._fused.facts(),
+            **(self._ranks.facts() if self._ranks else {}),
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
             "cache_memory_bytes": mx.get_cache_memory(),
@@ -167,6 +171,7 @@ class Engine:
                 bank_bytes=self._bank.nbytes + self._fused.nbytes,
                 context=self._base.context,
                 base_head=self._head,
+                ranks=self._ranks,
                 backend=self._backend,
                 report=report,
                 cancelled=cancelled,

@@ -6,7 +6,9 @@ Sliced work, like the training itself.
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,7 +18,8 @@ from ..config.schema import ReplaySection
 from ..lora import files, memory
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_head
-from ..lora.step import Piece
+from ..lora.ranks import Ranks
+from ..lora.step import ComputeGradients, Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.tree import make_tree
@@ -64,11 +67,12 @@ class Preparation:
         *,
         bank_bytes: int,
         base_head: TargetRows | None,
+        ranks: Ranks | None,
     ) -> None:
         self._base, self._targets, self._encoder = base, targets, encoder
         self._config, self._settings, self._home, self._batch = config, config.training, home, batch
         self._rehearsed, self._on_step = rehearsed, on_step
-        self._bank_bytes, self._base_head = bank_bytes, base_head
+        self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
         self._lasting: Lasting | None = None
         if Lasting.wanted(config.replay, config.rehearsal):
             asked = Asked(
@@ -160,10 +164,22 @@ class Preparation:
             self._on_step,
             replay=lasting.replay if lasting else None,
             rehearsal=lasting.rehearsal if lasting else None,
+            gradients=self._shared(),
             origins=[*range(len(self.examples)), *(lasting.origins if lasting else [])],
         )
         self._note_sizes(trainer)
         return trainer
+
+    def _shared(self) -> ComputeGradients | None:
+        """How the step's gradients are computed with other machines; None: here."""
+        if self._ranks is None or self._ranks.size == 1:
+            return None
+        lora, targets = self._config.lora, self._targets
+        made_of: dict[str, Any] = {"rank": lora.r, "scale": lora.scale, "dropout": lora.dropout}
+        made_of |= {"paths": targets.paths, "keys": targets.keys, "num_layers": targets.num_layers}
+        made_of["grad_checkpoint"] = self._settings.grad_checkpoint
+        self.notes.append(f"trained on {self._ranks.size} machines")
+        return partial(self._ranks.gradients, made_of)
 
     def _note_sizes(self, trainer: Trainer) -> None:
         """Where the batch is too small for what the settings say."""

@@ -20,6 +20,7 @@ from ..lora import files
 from ..lora.bank import AdapterWeights
 from ..lora.encoding import ChatEncoder
 from ..lora.head import TargetRows
+from ..lora.ranks import Ranks
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
@@ -51,6 +52,7 @@ class TrainingTask:
         bank_bytes: int,
         context: int,
         base_head: TargetRows | None,
+        ranks: Ranks | None,
         backend: Backend,
         report: Report,
         cancelled: threading.Event,
@@ -74,6 +76,7 @@ class TrainingTask:
             self._after_step,
             bank_bytes=bank_bytes,
             base_head=base_head if self._sliced else None,
+            ranks=ranks,
         )
         self._notes = self._preparation.notes
         self._notes += plan.notes if plan else ()

@@ -6,7 +6,7 @@ between two pieces the engine may decode.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,19 +120,19 @@ class MicroBatch:
     """
 
     def __init__(self, tree: TrainingTree, loss: Callable[..., tuple[mx.array, Any]]) -> None:
-        self._tree = tree
+        self.tree = tree
         self._loss = loss
         self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
 
     def _taped_loss(self, module: nn.Module, *batch: Any) -> tuple[Any, ...]:
         loss, count = self._loss(module, *batch)
-        return loss, count, list(self._tree.tape.outputs)
+        return loss, count, list(self.tree.tape.outputs)
 
     def pieces(self, batch: tuple[Any, ...], key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
         """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
-        tape = self._tree.tape
-        with self._tree.forward(key):
-            (result.loss, result.tokens, outputs), grads = self._value_and_grad(self._tree.module, *batch)
+        tape = self.tree.tape
+        with self.tree.forward(key):
+            (result.loss, result.tokens, outputs), grads = self._value_and_grad(self.tree.module, *batch)
         tape.outputs = []
         result.grads = dict(tree_flatten(grads))
         del grads
@@ -142,6 +142,30 @@ class MicroBatch:
         yield Piece([result.loss])
         for group in reversed(_by_call_order(result.grads, tape.order)):
             yield Piece(group)
+
+
+#: the flat gradient and the loss of one optimizer step
+Gradients = tuple[dict[str, mx.array], mx.array]
+#: computes a step's gradients into its last argument, from the micro-batches and their dropout keys
+ComputeGradients = Callable[[MicroBatch, Sequence[Batch], Sequence[mx.array], list[Gradients]], Iterator[Piece]]
+
+
+def own_gradients(
+    micro: MicroBatch, batches: Sequence[Batch], keys: Sequence[mx.array], out: list[Gradients]
+) -> Iterator[Piece]:
+    """Append the mean gradient and loss of the micro-batches to `out`."""
+    total: dict[str, mx.array] | None = None
+    losses = []
+    for batch, key in zip(batches, keys, strict=True):
+        result = MicroBatchResult()
+        yield from micro.pieces(batch, key, result)
+        total = add_grads(total, result.grads)
+        losses.append(result.loss)
+        if len(batches) > 1:  # a barrier: two micro-batches evaluated together would take twice the memory
+            yield Piece(list(total.values()), barrier=True)
+    assert total is not None
+    grads = {name: grad / len(batches) for name, grad in total.items()} if len(batches) > 1 else total
+    out.append((grads, mx.stack(losses).mean()))
 
 
 def _by_call_order(grads: dict[str, mx.array], order: list[str]) -> list[list[mx.array]]:

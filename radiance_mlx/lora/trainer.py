@@ -26,7 +26,18 @@ from .holdout import Best, Holdout
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
 from .rehearsal import Rehearsal, RehearsalBatch, RehearsalLoss
 from .replay import Replay, replay_stream
-from .step import LossFunction, MicroBatch, MicroBatchResult, Piece, add_grads, noted, unflatten
+from .step import (
+    ComputeGradients,
+    Gradients,
+    LossFunction,
+    MicroBatch,
+    MicroBatchResult,
+    Piece,
+    add_grads,
+    noted,
+    own_gradients,
+    unflatten,
+)
 from .tree import TrainingTree
 
 
@@ -49,7 +60,8 @@ class Trainer:
     the last bit as without.
 
     `origins[i]` tells which original `examples[i]` is or rewords (by default each is its own): what
-    `settings.eval_fraction` holds out is whole originals (see `holdout`).
+    `settings.eval_fraction` holds out is whole originals (see `holdout`). `gradients` computes those of a step
+    (by default `own_gradients`): other machines may take part in it; rehearsal and evaluation stay here.
     """
 
     def __init__(
@@ -64,6 +76,7 @@ class Trainer:
         replay: Replay | None = None,
         rehearsal: Rehearsal | None = None,
         origins: Sequence[int] | None = None,
+        gradients: ComputeGradients | None = None,
     ) -> None:
         self.tree = tree
         self.settings = settings
@@ -77,6 +90,7 @@ class Trainer:
         self.holdout = Holdout(self.examples, [origin for e, origin in named if e.targets > 0], settings, number)
         self.replay = replay
         self._replay_first = replay.without(self.holdout.held) if replay and self.holdout.held else replay
+        self._gradients = gradients or own_gradients
         self.rehearsal = rehearsal if rehearsal is not None and rehearsal.active else None
         self._args_first = _args(settings, len(self.holdout.trained), self._replay_first)
         self._args_second = _args(settings, len(self.examples), replay)
@@ -266,19 +280,11 @@ class Trainer:
         )
 
     def _optimizer_step(self, batches: list[Batch], rehearsed: list[RehearsalBatch]) -> Iterator[Piece]:
-        total: dict[str, mx.array] | None = None
-        losses, tokens = [], 0
-        for index, batch in enumerate(batches):
-            result = MicroBatchResult()
-            yield from self._micro.pieces(batch, self._dropout_key(index), result)
-            total = add_grads(total, result.grads)
-            losses.append(result.loss)
-            tokens += _tokens(batch)
-            if len(batches) > 1:  # a barrier: two micro-batches evaluated together would take twice the memory
-                yield Piece(list(total.values()), barrier=True)
-        assert total is not None
-        grads = {name: grad / len(batches) for name, grad in total.items()} if len(batches) > 1 else total
-        loss = mx.stack(losses).mean()
+        found: list[Gradients] = []
+        keys = [self._dropout_key(index) for index in range(len(batches))]
+        yield from self._gradients(self._micro, batches, keys, found)
+        [(grads, loss)] = found
+        tokens = sum(_tokens(batch) for batch in batches)
         row: dict[str, float] = {}
         if rehearsed:
             yield Piece([loss, *grads.values()], barrier=True)
