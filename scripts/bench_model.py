@@ -25,6 +25,11 @@ SIZES = {
     "small": (512, 8, 1536, 8, 4, 64),
     "medium": (768, 12, 2304, 12, 6, 64),
 }
+#: shapes of Qwen3 itself, whose vocabulary has 151,936 entries
+QWEN3_SIZES = {
+    "0.6b": (1024, 28, 3072, 16, 8, 128),
+    "8b": (4096, 36, 12288, 32, 8, 128),
+}
 _SYLLABLES = [a + b for a in "b d f g k l m n p r s t v z br st tr".split() for b in "a e i o u an el or".split()]
 
 
@@ -36,7 +41,7 @@ def words(count: int, seed: int) -> str:
 
 def model_config(size: str) -> dict[str, Any]:
     """What mlx-lm reads as `config.json`."""
-    hidden, layers, intermediate, heads, kv_heads, head_dim = SIZES[size]
+    hidden, layers, intermediate, heads, kv_heads, head_dim = (SIZES | QWEN3_SIZES)[size]
     return {
         "model_type": "qwen3",
         "architectures": ["Qwen3ForCausalLM"],
@@ -47,10 +52,10 @@ def model_config(size: str) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": 1e-6,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": 151_936 if size in QWEN3_SIZES else VOCAB_SIZE,
         "rope_theta": 1e6,
         "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": size != "8b",
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,

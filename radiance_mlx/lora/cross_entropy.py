@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 #: logits of one chunk: on a CPU about as many as its caches bear, elsewhere enough for a product worth its start
-CHUNK_ON_CPU, CHUNK_ELSEWHERE = 2**21, 2**25
+CHUNK_ON_CPU, CHUNK_ELSEWHERE = 2**20, 2**25
 
 
 def chunk_rows(vocab_size: int) -> int:

@@ -6,7 +6,7 @@ between two pieces the engine may decode.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +73,13 @@ def quiet_logits(tree: TrainingTree, head: TargetRows | None, batch: Batch) -> t
 def noted(tree: TrainingTree) -> Iterator[Piece]:
     """The outputs that the last forward pass has noted, one at a time: evaluated ones must not be held."""
     outputs, tree.tape.outputs = tree.tape.outputs, []
+    yield from _one_by_one(outputs, tree.tape.dear)
+
+
+def _one_by_one(outputs: list[Any], dear: Collection[int]) -> Iterator[Piece]:
+    """Dear ones are barriers: they are timed each by itself."""
     for i in range(len(outputs)):
-        piece, outputs[i] = Piece([outputs[i]]), mx.array(0)
+        piece, outputs[i] = Piece([outputs[i]], barrier=i in dear), None  # evaluated outputs must not be held
         yield piece
 
 
@@ -104,13 +109,14 @@ class LossFunction:
         positions, targets = target_positions((tokens, spans))
         hidden = self._head.hidden(module, tokens[:, :-1], mx.array(positions))
         losses = head_losses(
-            hidden, targets, self._head.project, self._head.vocab_size, self._note, with_gradient=module.training
+            hidden,
+            targets,
+            self._head.project,
+            self._head.vocab_size,
+            self._tape.note_dear,
+            with_gradient=module.training,
         )
         return losses.mean(), len(targets)
-
-    def _note(self, array: mx.array) -> None:
-        if self._tape.active:
-            self._tape.outputs.append(array)
 
 
 class MicroBatch:
@@ -136,9 +142,7 @@ class MicroBatch:
         tape.outputs = []
         result.grads = dict(tree_flatten(grads))
         del grads
-        for i in range(len(outputs)):
-            piece, outputs[i] = Piece([outputs[i]]), None  # evaluated outputs must not be held
-            yield piece
+        yield from _one_by_one(outputs, tape.dear)
         yield Piece([result.loss])
         for group in reversed(_by_call_order(result.grads, tape.order)):
             yield Piece(group)

@@ -29,18 +29,25 @@ class Tape:
         self.active = False
         self.record_linears = True
         self.outputs: list[mx.array] = []
+        self.dear: set[int] = set()
         self.order: list[str] = []
         self.key: mx.array = mx.random.key(0)
 
     def start(self, key: mx.array) -> None:
         """Begin a forward pass."""
-        self.outputs, self.order, self.key, self.active = [], [], key, True
+        self.outputs, self.dear, self.order, self.key, self.active = [], set(), [], key, True
 
     def note(self, path: str, output: mx.array) -> None:
         """Remember an output, in call order."""
         if self.active and self.record_linears:
             self.outputs.append(output)
             self.order.append(path)
+
+    def note_dear(self, output: mx.array) -> None:
+        """Remember an output that takes much longer than others do."""
+        if self.active:
+            self.dear.add(len(self.outputs))
+            self.outputs.append(output)
 
 
 class TapedLoRALinear(LoRALinear):

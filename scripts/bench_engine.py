@@ -1,0 +1,290 @@
+#!/usr/bin/env python
+"""Our engine's parts against mlx-lm's, without a server, on whatever device MLX has: Metal, CUDA or CPU.
+
+    .venv/bin/python scripts/bench_engine.py                              # a minute or two on a laptop
+    .venv/bin/python scripts/bench_engine.py --size 0.6b --dtype bfloat16
+    .venv/bin/python scripts/bench_engine.py --size 8b --bits 4 --steps 5
+
+The model has random weights in Qwen3's shape; nothing is downloaded. Prints as it goes, and one JSON object as its last
+line: paste that line where you report it. Tokens/s of decoding at 1, 4 and 8 rows:
+
+- `mlx-lm base`, `mlx-lm adapter`: its batch generator, on the model as it is and with its LoRA layers
+- `base`, `bank`, `bank of many`: our generator on the banked tree: all rows the base, one adapter, each row its own
+- `fused`: one adapter, in weights of its own
+
+and optimizer steps/s of training, rows of 100 words with answers of 8 (`masked`) and running text (`text`):
+
+- `mlx-lm`: its own training loop, compiled where it compiles
+- `sliced`: ours, cut into slices of 50 ms as beside requests (with the longest one); `unsliced`: each step in one go
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+if sys.platform == "linux":
+    try:  # before mlx: the wheel's own BLAS is some 30 times slower
+        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        print("no OpenBLAS: figures of the CPU backend will be of its slow fallback", file=sys.stderr)
+
+import mlx.core as mx
+import mlx.nn as nn
+from bench_model import QWEN3_SIZES, SIZES, model_config
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models import qwen3
+
+from radiance_mlx.config.schema import MemorySection, TrainingSection
+from radiance_mlx.engine import backend
+from radiance_mlx.engine.fused import FusedStable
+from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
+from radiance_mlx.engine.slices import Slices
+from radiance_mlx.lora.bank import AdapterWeights, Bank
+from radiance_mlx.lora.encoding import Encoded
+from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.targets import Targets, find_targets, input_dims
+from radiance_mlx.lora.trainer import Trainer
+from radiance_mlx.lora.tree import adapter_tree, make_tree
+from radiance_mlx.lora.whole import run_whole
+
+Figures = dict[str, Any]
+ROWS = (1, 4, 8)
+RANK, SCALE, BATCH, SLICE_S = 8, 2.0, 4, 0.05
+NAME = "A_stable"
+
+
+def make_model(size: str, dtype: str, bits: int | None) -> nn.Module:
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(model_config(size)))
+    model.set_dtype(getattr(mx, dtype))
+    if bits:
+        nn.quantize(model, bits=bits)
+    model.freeze()
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def random_adapter(model: nn.Module, targets: Targets, seed: int) -> AdapterWeights:
+    """Small, so that answers stay much as they were: time does not depend on it."""
+    modules = dict(model.named_modules())
+    mx.random.seed(seed)
+    pairs = {}
+    for path in targets.paths:
+        linear = modules[path]
+        a = mx.random.normal((input_dims(linear), RANK)) * 0.01
+        pairs[path] = (a, mx.random.normal((RANK, linear.weight.shape[0])) * 0.01)
+    mx.eval(pairs)
+    return AdapterWeights(pairs, SCALE)
+
+
+# --- decoding -----------------------------------------------------------------------------------------
+
+
+def prompts(count: int, vocab: int, length: int = 32) -> list[list[int]]:
+    rng = random.Random(count)
+    return [[rng.randrange(3, vocab) for _ in range(length)] for _ in range(count)]
+
+
+def decode_rate(generator: BatchGenerator, count: int, tokens: int, vocab: int, caches: Any = None) -> float:
+    """Tokens/s over all rows, from the first token that all have to the last."""
+    generator.insert(prompts(count, vocab), max_tokens=[tokens + 2] * count, caches=caches)
+    drawn, started, at_start = 0, 0.0, 0
+    while drawn < count * (tokens + 2):
+        drawn += len(generator.next()[1])
+        if not started and drawn >= count:
+            started, at_start = time.perf_counter(), drawn
+    rate = (drawn - at_start) / (time.perf_counter() - started)
+    generator.close()
+    return rate
+
+
+class Decoding:
+    """Everything that decodes, on one base."""
+
+    def __init__(self, model: nn.Module, targets: Targets, vocab: int) -> None:
+        self._vocab = vocab
+        adapters = [random_adapter(model, targets, seed) for seed in range(max(ROWS))]
+        tree = _twin(model)
+        bank = Bank(tree, targets.paths, slots=max(ROWS) + 1, rank=RANK)
+        for slot, adapter in enumerate(adapters, 1):
+            bank.write(slot, adapter)
+        self.bank_mb = bank.nbytes / 2**20
+        self._banked = BankModel(tree, bank.rows)
+        fused = FusedStable(model, bank, "always", lambda: 2**60)
+        fused.follow(NAME, lambda: adapters[0])
+        while fused.pending:
+            fused.slice(1.0)
+        self.fused_mb = fused.nbytes / 2**20
+        self._fused = BankModel(tree, bank.rows, fused)
+        self._plain, self._adapted = model, adapter_tree(model, adapters[0]).module
+        self._adapted.eval()
+
+    def ways(self) -> dict[str, Callable[[int, int], float]]:
+        """Each gives tokens/s of (rows, tokens)."""
+        return {
+            "mlx-lm base": lambda n, tokens: self._theirs(self._plain, n, tokens),
+            "mlx-lm adapter": lambda n, tokens: self._theirs(self._adapted, n, tokens),
+            "base": lambda n, tokens: self._ours(self._banked, [0] * n, tokens),
+            "bank": lambda n, tokens: self._ours(self._banked, [1] * n, tokens),
+            "bank of many": lambda n, tokens: self._ours(self._banked, range(1, n + 1), tokens),
+            "fused": lambda n, tokens: self._ours(self._fused, [1] * n, tokens),
+        }
+
+    def _theirs(self, model: nn.Module, count: int, tokens: int) -> float:
+        generator = BatchGenerator(model, stream=mx.default_stream(mx.default_device()))
+        return decode_rate(generator, count, tokens, self._vocab)
+
+    def _ours(self, model: BankModel, slots: Sequence[int], tokens: int) -> float:
+        stream = mx.default_stream(mx.default_device())
+        generator = JoiningGenerator(model, stream=stream, sampler=RowSampler(model))
+        caches = [model.new_cache(RowState(slot, 0.0, 1.0, 0, NAME if slot else None)) for slot in slots]
+        return decode_rate(generator, len(caches), tokens, self._vocab, caches)
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def decode(model: nn.Module, targets: Targets, vocab: int, tokens: int, rounds: int) -> Figures:
+    decoding = Decoding(model, targets, vocab)
+    found: Figures = {"bank_mb": round(decoding.bank_mb, 1), "fused_mb": round(decoding.fused_mb, 1)}
+    ways = decoding.ways()
+    for count in ROWS:
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):  # in turns: a machine whose pace varies treats all alike
+            for name, way in ways.items():
+                rates[name].append(way(count, tokens))
+        found[f"{count} rows"] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+        print(f"{count} rows, tokens/s: {found[f'{count} rows']}", flush=True)
+    return found
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+def examples(kind: str, vocab: int) -> list[Encoded]:
+    """Forty rows of 140 to 170 tokens."""
+    rng = random.Random(7)
+    lengths = [rng.randrange(140, 170) for _ in range(10 * BATCH)]
+    return [
+        Encoded(tuple(rng.randrange(3, vocab) for _ in range(n)), n - rng.randrange(8, 16) if kind == "masked" else 0)
+        for n in lengths
+    ]
+
+
+class Training:
+    """Makes trainers for the same rows and settings."""
+
+    def __init__(self, model: nn.Module, targets: Targets, kind: str, steps: int, vocab: int) -> None:
+        self._model, self._targets, self._vocab = model, targets, vocab
+        self._rows, self._steps = examples(kind, vocab), steps
+        self._times: list[float] = []
+
+    def _trainer(self, plain: bool) -> Trainer:
+        warm_up = 2
+        settings = TrainingSection(
+            batch_size=BATCH, grad_accum=1, lr=1e-9, max_steps=self._steps + warm_up, eval_every=0, clip_norm=None
+        )
+        tree = make_tree(self._model, self._targets, rank=RANK, scale=SCALE, dropout=0.0, seed=0, plain=plain)
+        head = None if plain else install_head(tree.module, self._vocab)
+        self._times = []
+        return Trainer(tree, head, self._rows, settings, 1, self._timed)
+
+    def _timed(self, _: Trainer) -> None:
+        self._times.append(time.perf_counter())
+
+    def _drive(self, pieces: Iterator[Any], seconds: float) -> Figures:
+        mx.clear_cache()
+        gc.collect()
+        mx.reset_peak_memory()
+        slices, longest, finished = Slices(pieces, lambda: None), 0.0, False
+        while not finished:
+            started = time.perf_counter()
+            finished = slices.run(seconds)
+            longest = max(longest, time.perf_counter() - started)
+        rate = self._steps / (self._times[-1] - self._times[-1 - self._steps])
+        return {
+            "steps_per_s": round(rate, 3),
+            "longest_slice_ms": round(1e3 * longest),
+            "peak_mb": round(mx.get_peak_memory() / 2**20),
+        }
+
+    def sliced(self) -> Figures:
+        return self._drive(self._trainer(False).run(), SLICE_S)
+
+    def unsliced(self) -> Figures:
+        return self._drive(self._trainer(False).run(), 1e9)
+
+    def theirs(self, compiled: bool) -> Figures:
+        if compiled:
+            mx.enable_compile()
+        try:
+            trainer = self._trainer(True)
+            return self._drive(run_whole(trainer, self._timed), 1e9)
+        finally:
+            if mx.default_device() == mx.cpu:
+                mx.disable_compile()
+
+
+def train(model: nn.Module, targets: Targets, vocab: int, steps: int) -> Figures:
+    found: Figures = {}
+    for kind in ("masked", "text"):
+        training = Training(model, targets, kind, steps, vocab)
+        found[kind] = {
+            "mlx-lm": training.theirs(compiled=True),
+            "sliced": training.sliced(),
+            "unsliced": training.unsliced(),
+        }
+        print(f"{kind}: {found[kind]}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*SIZES, *QWEN3_SIZES], default="small")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU")
+    parser.add_argument("--bits", type=int, choices=[4, 8], help="quantise the base")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in each row (default 64)")
+    parser.add_argument("--rounds", type=int, default=3, help="of decoding; their median counts (default 3)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps that are timed (default 20)")
+    parser.add_argument("--backend", choices=["auto", "metal", "cuda", "cpu"], default="auto")
+    parser.add_argument("--only", choices=["decode", "train"])
+    options = parser.parse_args()
+    device = backend.select(options.backend, MemorySection())
+    dtype = options.dtype or ("float32" if device.name == "cpu" else "bfloat16")
+    model = make_model(options.size, dtype, options.bits)
+    vocab = model_config(options.size)["vocab_size"]
+    targets = find_targets(model, ["all-linear"])
+    size = sum(v.nbytes for _, v in tree_flatten(model.parameters())) / 2**20
+    print(
+        f"{options.size}, {dtype}{f', {options.bits} bit' if options.bits else ''}, {size:.0f} MiB on {device.device}"
+    )
+    found: Figures = {}
+    if options.only != "train":
+        found["decode"] = decode(model, targets, vocab, options.tokens, options.rounds)
+    if options.only != "decode":
+        found["train"] = train(model, targets, vocab, options.steps)
+    about = {"size": options.size, "dtype": dtype, "bits": options.bits, "model_mb": round(size)}
+    where = {"backend": device.name, "device": device.device, "system": platform.platform()}
+    where |= {name: version(name) for name in ("mlx", "mlx-lm")}
+    print(json.dumps({**about, **found, "where": where}))
+
+
+if __name__ == "__main__":
+    main()
