@@ -11,9 +11,9 @@ from architectures import ARCHITECTURES
 
 from radiance_mlx.errors import NotEnoughMemory
 from radiance_mlx.lora import memory
-from radiance_mlx.lora.cross_entropy import CHUNK_ON_CPU
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.head_loss import CHUNK_ON_CPU
 from radiance_mlx.lora.targets import find_targets
 
 LLAMA = {**tiny.LLAMA, "hidden_size": 128, "intermediate_size": 384, "vocab_size": tiny.VOCAB}

@@ -18,7 +18,7 @@ from radiance_mlx.lora.distributions import kl, log_softmax
 from radiance_mlx.lora.encoding import ChatEncoder, Encoded
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.neighbours import Names, RareWords, names_in, neighbours
-from radiance_mlx.lora.rehearsal import Rehearsal, Source, load_rows, save_rows, teacher
+from radiance_mlx.lora.rehearsal import Rehearsal, Source, load_rows, save_rows, sureness, teacher
 from radiance_mlx.lora.replay import Replay
 from radiance_mlx.lora.trainer import Trainer
 
@@ -145,12 +145,20 @@ def test_what_is_kept_bounds_the_divergence_from_below(base):
 def test_the_teacher_keeps_the_order_and_needs_no_company(base):
     """Rows come out as they went in, whatever shared a pass with them and whichever head was used."""
     data = [*tiny.examples(5), Encoded((1, 2), 2)]
-    together = rehearsed(base, data, batch_size=3)
+    together = rehearsed(base, data, together=3 * 64)
     assert [r.row for r in together] == data[:5]
-    for one in (rehearsed(base, data, batch_size=1), rehearsed(base, data, full_head=True)):
+    for one in (rehearsed(base, data, together=1), rehearsed(base, data, full_head=True)):
         for left, right in zip(together, one, strict=True):
             assert np.allclose(np.sort(left.logprobs), np.sort(right.logprobs), atol=1e-4)
             assert np.allclose(left.tail, right.tail, atol=1e-4)
+
+
+def test_how_sure_the_base_is_of_a_first_token(base):
+    """What the teacher finds likeliest there, in the rows' order."""
+    data = [Encoded((*row.tokens, 5), len(row.tokens)) for row in tiny.examples(7)]
+    tree, out = tiny.tree(base), []
+    tiny.drive(sureness(tree, install_head(tree.module, tiny.VOCAB), data, out))
+    assert out == pytest.approx([row.logprobs.max() for row in rehearsed(base, data)], abs=1e-5)
 
 
 def test_the_teacher_can_be_cut(base):
@@ -159,7 +167,7 @@ def test_the_teacher_can_be_cut(base):
     The tree trains on afterwards as if nothing had been.
     """
     tree, out = tiny.tree(base, dropout=0.3), []
-    pieces = list(teacher(tree, None, tiny.examples(3), out, batch_size=2))
+    pieces = list(teacher(tree, None, tiny.examples(3), out, together=2 * 64))
     assert len(pieces) == 2 * (3 * 4 + 5)
     assert {len(piece.arrays) for piece in pieces} == {1}
     assert sum(piece.barrier for piece in pieces) == 2 * 5

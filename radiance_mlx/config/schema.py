@@ -129,6 +129,7 @@ class TrainingSection(Section):
     slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     save_every_s: Duration = 30.0
+    prefix_cache_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 256
     distributed: Annotated[Literal["off", "auto", "ring", "jaccl"], BeforeValidator(_off_is_a_word)] = "off"
     # last: their validators ask for the keys above
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -18,7 +18,7 @@ from ..config.schema import RehearsalSection
 from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
-from ..lora.rehearsal import Rehearsed, load_rows, save_rows, teacher
+from ..lora.rehearsal import Rehearsed, load_rows, save_rows, sureness, teacher
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.tree import adapter_tree, idle_adapter
@@ -52,9 +52,11 @@ class Asked:
 
         There the smallest push changes the answer.
         """
-        begun: list[Rehearsed] = []
-        yield from self.taught_by([Encoded((*prompt, prompt[-1]), len(prompt)) for prompt in prompts], begun)
-        order = sorted(range(len(prompts)), key=lambda i: float(begun[i].logprobs.max()))
+        begun: list[float] = []
+        tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
+        rows = [Encoded((*prompt, prompt[-1]), len(prompt)) for prompt in prompts]
+        yield from sureness(tree, install_head(tree.module, self._vocab_size), rows, begun)
+        order = sorted(range(len(prompts)), key=begun.__getitem__)
         out.extend(prompts[i] for i in sorted(order[:count]))
 
     def samples(self, settings: RehearsalSection, out: list[Rehearsed]) -> Iterator[Piece]:

@@ -86,11 +86,15 @@ class Lasting:
             yield from self._rehearse(lesson, anchors)
 
     def rows(self, max_tokens: int) -> list[Encoded]:
-        """All rows that are trained beside the lesson's own; of what is rehearsed, those that are not too long."""
-        replayed = self.replay.examples if self.replay else ()
+        """All rows beside the lesson's own; of what is rehearsed, those that are not too long."""
         sources = self.rehearsal.sources if self.rehearsal else ()
         rehearsed = [r.row for source in sources for r in source.rows if len(r.row.tokens) <= max_tokens]
-        return [*self.examples, *replayed, *rehearsed]
+        return [*self.trained, *rehearsed]
+
+    @property
+    def trained(self) -> list[Encoded]:
+        """The rows that are trained as the lesson's own are: other wordings, and what is replayed."""
+        return [*self.examples, *(self.replay.examples if self.replay else ())]
 
     def _remember(self, lesson: Lesson) -> Iterator[Piece]:
         """Earlier examples, in all wordings that the base has for them; not what has been answered otherwise since.

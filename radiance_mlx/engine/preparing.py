@@ -18,11 +18,12 @@ from ..config.schema import ReplaySection
 from ..lora import files, memory
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_head
+from ..lora.prefix import install_prefix
 from ..lora.ranks import Ranks
 from ..lora.step import ComputeGradients, Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
-from ..lora.tree import make_tree
+from ..lora.tree import TrainingTree, make_tree
 from ..messages import TrainBatch
 from .asked import Asked
 from .lasting import Lasting, Lesson
@@ -135,7 +136,6 @@ class Preparation:
             vocab_size=self._base.vocab_size,
             bank_bytes=self._bank_bytes,
             head=self._base_head,
-            rehearsal=self._config.rehearsal.kl_weight > 0,
             dropout=self._config.lora.dropout,
         )
         memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
@@ -155,6 +155,7 @@ class Preparation:
         if self._base_head is not None:
             narrow = not self._settings.grad_checkpoint
             self.head = install_head(tree.module, self._base.vocab_size, narrow=narrow)
+        self._install_prefix(tree)
         trainer = Trainer(
             tree,
             self.head,
@@ -169,6 +170,13 @@ class Preparation:
         )
         self._note_sizes(trainer)
         return trainer
+
+    def _install_prefix(self, tree: TrainingTree) -> None:
+        """Where rows come twice at least: else there is nothing to be won."""
+        settings, lasting = self._settings, self._lasting
+        rows = [*self.examples, *(lasting.trained if lasting else [])]
+        if settings.slice_ms > 0 and settings.max_steps * settings.batch_size * settings.grad_accum >= 2 * len(rows):
+            install_prefix(tree, sum(len(row.tokens) for row in rows), int(settings.prefix_cache_mb * 2**20))
 
     def _shared(self) -> ComputeGradients | None:
         """How the step's gradients are computed with other machines; None: here."""

@@ -75,7 +75,7 @@ def install_head(tree: nn.Module, vocab_size: int, *, narrow: bool = True) -> Ta
         calls = rows.hits
         rows.positions = mx.array([1])
         part = tree(probe)
-        certain = calls == 1 and part.shape[1] == 1 and _alike(part[0, 0], full[0, 1])
+        certain = calls == 1 and part.shape[1] == 1 and alike(part[0, 0], full[0, 1])
     except (ValueError, TypeError, AttributeError):
         certain = False
     rows.positions = None
@@ -102,7 +102,7 @@ def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> None:
             continue
         kind = type(part)
         part.__class__ = _narrowed(kind, rows)
-        if not _alike(rows.hidden(tree, probe, place), before):
+        if not alike(rows.hidden(tree, probe, place), before):
             part.__class__ = kind
 
 
@@ -111,7 +111,7 @@ def _is_position_wise(part: nn.Module, dims: int, dtype: mx.Dtype) -> bool:
     x = mx.random.normal((1, 4, dims), key=mx.random.key(0)).astype(dtype)
     try:
         whole, alone = part(x), part(x[:, 2:3])
-        return whole.shape == x.shape and _alike(alone[0, 0], whole[0, 2])
+        return whole.shape == x.shape and alike(alone[0, 0], whole[0, 2])
     except (ValueError, TypeError, AttributeError, IndexError):
         return False
 
@@ -130,7 +130,7 @@ def _projection(original: tuple[nn.Module, type]) -> Callable[[mx.array], mx.arr
 
 def _gives(project: Callable[[mx.array], mx.array], hidden: mx.array, logits: mx.array) -> bool:
     try:
-        return _alike(project(hidden)[0], logits)
+        return alike(project(hidden)[0], logits)
     except ValueError:  # of other shapes
         return False
 
@@ -139,7 +139,7 @@ def _method(kind: type) -> str:
     return "as_linear" if hasattr(kind, "as_linear") else "__call__"
 
 
-def _alike(part: mx.array, full: mx.array) -> bool:
+def alike(part: mx.array, full: mx.array) -> bool:
     """Equal but for rounding, which in half precision differs with the shape of a product."""
     tolerance = 1e-3 if full.dtype == mx.float32 else 0.02
     part, full = part.astype(mx.float32), full.astype(mx.float32)

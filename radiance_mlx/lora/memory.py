@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 
 from ..config.schema import TrainingSection
 from ..errors import NotEnoughMemory
-from .cross_entropy import chunk_rows
 from .encoding import Encoded
 from .head import TargetRows
+from .head_loss import chunk_rows
 from .targets import EXPERTS, LINEAR, Targets, input_dims, layer_paths
 
 #: what mlx-lm's attention modules call their number of heads, and its routers the experts that a token gets
@@ -59,7 +59,6 @@ def estimate(
     vocab_size: int,
     bank_bytes: int,
     head: TargetRows | None,
-    rehearsal: bool = False,
     dropout: float = 0.0,
 ) -> Estimate:
     """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows."""
@@ -75,7 +74,7 @@ def estimate(
         activations = sum(layer.bytes_per_token for layer in layers) * tokens + sum(scores)
     activations += _SCORES_AT_WORK * max(scores)
     targeted = tokens if head is None else sum(e.targets for e in rows)
-    if head is not None and head.project is not None and not rehearsal:  # whose distributions are whole
+    if head is not None and head.project is not None:
         targeted = min(targeted, chunk_rows(vocab_size))
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]
     adapter = sum(4 * rank * (width_in + width_out) for width_in, width_out in shapes)

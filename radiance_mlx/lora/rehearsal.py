@@ -23,16 +23,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointDamaged
-from .batches import batches_once, turns
-from .distributions import kl, likeliest, log_softmax
+from .batches import Batch, batches_once, turns
+from .distributions import DIVERGENCE, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
-from .step import Piece, in_order, noted, quiet_logits, target_logits
+from .step import Piece, in_order, losses_at_targets, noted, quiet_logits
 from .tree import TrainingTree
 
 #: likeliest next tokens of which the probability is kept
 TOP = 64
+#: tokens that go through the base together when it is asked
+TOGETHER = 1024
 #: tells this order from the others that are drawn from the same (seed, batch number)
 _ROWS = 4
 ROWS_FILE, ARRAYS_FILE = "rehearsal.json", "rehearsal.safetensors"
@@ -71,21 +73,19 @@ def teacher(
     rows: Sequence[Encoded],
     out: list[Rehearsed],
     *,
-    batch_size: int = 8,
+    together: int = TOGETHER,
     top: int = TOP,
 ) -> Iterator[Piece]:
     """Append to `out` each of `rows` with the distributions of `tree`, in order; rows without targets are left out.
 
-    `tree` must say what the base says: one as `make_tree` gives it, before anything is loaded or learnt.
+    `tree` must say what the base says: one as `make_tree` gives it, before anything is loaded or learnt. At most
+    `together` tokens go through it at once, or one row.
     """
     rows = [row for row in rows if row.targets > 0]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     made: dict[int, Rehearsed] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    for places in _of_like_length(rows, together):
         chunk = [rows[i] for i in places]
-        (batch,) = batches_once(chunk, batch_size=len(chunk), max_tokens=max(len(row.tokens) for row in chunk))
-        logits, _ = quiet_logits(tree, head, batch)
+        logits, _ = quiet_logits(tree, head, _as_batch(chunk))
         logprobs = log_softmax(logits)
         kept = likeliest(logprobs, top)
         yield from noted(tree)
@@ -94,6 +94,37 @@ def teacher(
         yield from in_order(computed)
         made.update(zip(places, _split(chunk, *map(np.array, kept)), strict=True))
     out.extend(made[i] for i in range(len(rows)))
+
+
+def sureness(tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
+    """Append to `out` the log-probability of what `tree` finds likeliest at each row's only target, in order."""
+    made: dict[int, float] = {}
+    for places in _of_like_length(rows, TOGETHER):
+        logits, _ = quiet_logits(tree, head, _as_batch([rows[i] for i in places]))
+        logits = logits.astype(mx.float32)
+        surest = logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)
+        yield from noted(tree)
+        del logits
+        yield Piece([surest], barrier=True)
+        made.update(zip(places, surest.tolist(), strict=True))
+    out.extend(made[i] for i in range(len(rows)))
+
+
+def _of_like_length(rows: Sequence[Encoded], together: int) -> Iterator[list[int]]:
+    """Places of rows of like length, of which at most `together` tokens (padding included), or one row."""
+    places: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
+        if places and (len(places) + 1) * 32 * _width(len(rows[i].tokens)) > together:
+            yield places
+            places = []
+        places.append(i)
+    if places:
+        yield places
+
+
+def _as_batch(rows: Sequence[Encoded]) -> Batch:
+    (batch,) = batches_once(rows, batch_size=len(rows), max_tokens=max(len(row.tokens) for row in rows))
+    return batch
 
 
 def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> Iterator[Rehearsed]:
@@ -110,9 +141,8 @@ def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail:
 class RehearsalLoss:
     """The divergence as a loss for `MicroBatch`, weighted; over target rows only where the head allows it."""
 
-    def __init__(self, head: TargetRows | None, kl_weight: float) -> None:
-        self._head = head
-        self._weight = kl_weight
+    def __init__(self, tree: TrainingTree, head: TargetRows | None, kl_weight: float) -> None:
+        self._tree, self._head, self._weight = tree, head, kl_weight
 
     def __call__(
         self,
@@ -125,8 +155,8 @@ class RehearsalLoss:
         of: int,
     ) -> tuple[mx.array, int]:
         """(`kl_weight` · Σ KL / `of`, number of targets): a step's micro-batches add up to its weighted mean."""
-        logits, targets = target_logits(module, self._head, (tokens, spans))
-        return self._weight * kl(ids, logprobs, tail, log_softmax(logits)).sum() / of, len(targets)
+        losses = losses_at_targets(self._tree, self._head, (tokens, spans), DIVERGENCE, [ids, logprobs, tail])
+        return self._weight * losses.sum() / of, len(tail)
 
 
 # --- the rows of each step ---------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
 from .batches import Batch, target_positions
-from .cross_entropy import head_losses
 from .head import TargetRows
+from .head_loss import CROSS_ENTROPY, RowLoss, head_losses
 from .tree import TrainingTree
 
 
@@ -96,37 +96,42 @@ class LossFunction:
     """mlx-lm's `default_loss`, or the same over target rows only where the head of `tree` allows it."""
 
     def __init__(self, tree: TrainingTree, head: TargetRows | None) -> None:
-        self._head, self._tape = head, tree.tape
+        self._tree, self._head = tree, head
 
     def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, Any]:
         """(token-mean cross-entropy in nats, number of targets)."""
         if self._head is None:
             return default_loss(module, tokens, spans)
-        if self._head.project is None:
-            logits, targets = target_logits(module, self._head, (tokens, spans))
-            losses = nn.losses.cross_entropy(logits, mx.array(targets))
-            return losses.astype(mx.float32).mean(), len(targets)
-        positions, targets = target_positions((tokens, spans))
-        hidden = self._head.hidden(module, tokens[:, :-1], mx.array(positions))
-        losses = head_losses(
-            hidden,
-            targets,
-            self._head.project,
-            self._head.vocab_size,
-            self._tape.note_dear,
-            with_gradient=module.training,
-        )
+        batch = (tokens, spans)
+        targets = target_positions(batch)[1]
+        losses = losses_at_targets(self._tree, self._head, batch, CROSS_ENTROPY, [mx.array(targets)])
         return losses.mean(), len(targets)
+
+
+def losses_at_targets(
+    tree: TrainingTree, head: TargetRows | None, batch: Batch, loss: RowLoss, known: Sequence[mx.array]
+) -> mx.array:
+    """`loss` at each target of `batch`, (targets,) float32; `known` is what it takes of them beside their logits."""
+    module = tree.module
+    if head is None or head.project is None:
+        return loss.alone(target_logits(module, head, batch)[0].astype(mx.float32), *known)
+    hidden = head.hidden(module, batch[0][:, :-1], mx.array(target_positions(batch)[0]))
+    options = {"with_gradient": module.training}
+    return head_losses(loss, hidden, known, head.project, head.vocab_size, tree.tape.note_dear, **options)
 
 
 class MicroBatch:
     """Builds and cuts the graph of one micro-batch.
 
     `loss` is called with the module and all that a batch consists of; it gives the loss and the number of targets.
+    With `seen_often` the tree's prefix is used, if it has one: what is computed for it pays when rows come again.
     """
 
-    def __init__(self, tree: TrainingTree, loss: Callable[..., tuple[mx.array, Any]]) -> None:
+    def __init__(
+        self, tree: TrainingTree, loss: Callable[..., tuple[mx.array, Any]], *, seen_often: bool = True
+    ) -> None:
         self.tree = tree
+        self._prefix = tree.prefix if seen_often else None
         self._loss = loss
         self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
 
@@ -137,7 +142,10 @@ class MicroBatch:
     def pieces(self, batch: tuple[Any, ...], key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
         """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
         tape = self.tree.tape
-        with self.tree.forward(key):
+        hidden: list[mx.array] = []
+        if self._prefix is not None:
+            yield from self._prefix.pieces(batch, hidden)
+        with self.tree.forward(key, *hidden):
             (result.loss, result.tokens, outputs), grads = self._value_and_grad(self.tree.module, *batch)
         tape.outputs = []
         result.grads = dict(tree_flatten(grads))

@@ -103,7 +103,8 @@ class Trainer:
         self._on_step = on_step
         self._loss = LossFunction(tree, head)
         self._micro = MicroBatch(tree, self._loss)
-        self._rehearse = MicroBatch(tree, RehearsalLoss(head, self.rehearsal.kl_weight if self.rehearsal else 0.0))
+        weight = self.rehearsal.kl_weight if self.rehearsal else 0.0
+        self._rehearse = MicroBatch(tree, RehearsalLoss(tree, head, weight), seen_often=False)
         self._seconds = 0.0
 
     @property
@@ -346,9 +347,12 @@ class Trainer:
         """Token-mean loss over `examples` without dropout; the value is appended to `out`."""
         total, count = 0.0, 0
         for batch in batches_once(examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length):
+            hidden: list[mx.array] = []
+            if self.tree.prefix is not None:
+                yield from self.tree.prefix.pieces(batch, hidden)
             self.tree.module.eval()
             try:
-                with self.tree.forward(mx.random.key(0)):
+                with self.tree.forward(mx.random.key(0), *hidden):
                     loss, tokens = self._loss(self.tree.module, *batch)
             finally:
                 self.tree.module.train()

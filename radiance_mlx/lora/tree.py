@@ -9,7 +9,7 @@ product inside the products themselves, forward and backward, instead of in pass
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +20,9 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from ..errors import ModelError
 from .bank import AdapterWeights
 from .targets import LINEAR, Targets, input_dims, layer_paths
+
+if TYPE_CHECKING:
+    from .prefix import Prefix
 
 
 class Tape:
@@ -95,19 +98,24 @@ class TrainingTree:
         self.module = module
         self.tape = tape
         self.targets = targets
+        self.prefix: Prefix | None = None  # see `install_prefix`
 
     @contextlib.contextmanager
-    def forward(self, key: mx.array) -> Iterator[None]:
-        """While a graph is built: the tape notes, `key` is the dropout's.
+    def forward(self, key: mx.array, hidden: mx.array | None = None) -> Iterator[None]:
+        """While a graph is built: the tape notes, `key` is the dropout's, `hidden` what the prefix gave, if it did.
 
         Afterwards the module holds its own parameters again: gradient checkpointing leaves in their place
         arrays that hang on the backward pass, and whoever read those would run it in one go.
         """
         own = self.module.trainable_parameters()
         self.tape.start(key)
+        if self.prefix is not None:
+            self.prefix.given = hidden
         try:
             yield
         finally:
+            if self.prefix is not None:
+                self.prefix.given = None
             self.tape.active = False
             self.module.update(own)
 

@@ -1,4 +1,4 @@
-"""The loss through a frozen head: mlx's own cross-entropy, in chunks, with the gradient found on the way."""
+"""Losses through a frozen head: what autodiff makes of whole logits, in chunks, with the gradient found on the way."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -7,9 +7,10 @@ import pytest
 import tiny
 from architectures import ARCHITECTURES, GEMMA2
 
-from radiance_mlx.lora import cross_entropy
-from radiance_mlx.lora.cross_entropy import head_losses
+from radiance_mlx.lora import head_loss
+from radiance_mlx.lora.distributions import DIVERGENCE, kl, kl_and_slope, likeliest, log_softmax
 from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.head_loss import CROSS_ENTROPY, head_losses
 
 ROWS, DIMS, VOCAB = 13, 64, 50
 
@@ -17,9 +18,15 @@ ROWS, DIMS, VOCAB = 13, 64, 50
 @pytest.fixture(params=[1, 4, 100], ids="chunks of {}".format)
 def chunk(request, monkeypatch):
     """Rows of a chunk: single ones, some left over at the end, all at once."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ON_CPU", request.param * VOCAB)
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELSEWHERE", request.param * VOCAB)
+    monkeypatch.setattr(head_loss, "CHUNK_ON_CPU", request.param * VOCAB)
+    monkeypatch.setattr(head_loss, "CHUNK_ELSEWHERE", request.param * VOCAB)
     return request.param
+
+
+def through(project, hidden, targets, note=lambda _: None, with_gradient=True):
+    """Cross-entropy of each row."""
+    known = [mx.array(targets)]
+    return head_losses(CROSS_ENTROPY, hidden, known, project, VOCAB, note, with_gradient=with_gradient)
 
 
 def some(scale=1.0, bits=None):
@@ -41,7 +48,7 @@ def test_losses_and_gradient_are_those_of_the_whole(chunk, scale, bits):
         return (nn.losses.cross_entropy(project(hidden), mx.array(targets)) * weights).sum()
 
     def chunked(hidden):
-        return (head_losses(hidden, targets, project, VOCAB, noted.append, with_gradient=True) * weights).sum()
+        return (through(project, hidden, targets, noted.append) * weights).sum()
 
     noted = []
     (value, grad), (same, same_grad) = mx.value_and_grad(whole)(hidden), mx.value_and_grad(chunked)(hidden)
@@ -53,7 +60,7 @@ def test_losses_and_gradient_are_those_of_the_whole(chunk, scale, bits):
 def test_without_gradient_the_losses_are_the_same(chunk):
     hidden, targets, project = some()
     noted = []
-    losses = head_losses(hidden, targets, project, VOCAB, noted.append, with_gradient=False)
+    losses = through(project, hidden, targets, noted.append, with_gradient=False)
     assert mx.allclose(losses, nn.losses.cross_entropy(project(hidden), mx.array(targets)), atol=1e-5).item()
     assert [part.shape[0] for part in noted] == [min(chunk, ROWS - start) for start in range(0, ROWS, chunk)]
 
@@ -63,10 +70,38 @@ def test_half_precision_keeps_the_sum_in_full():
     hidden, targets, project = some()
     project.set_dtype(mx.bfloat16)
     hidden = hidden.astype(mx.bfloat16)
-    losses = head_losses(hidden, targets, project, VOCAB, lambda _: None, with_gradient=True)
+    losses = through(project, hidden, targets)
     wide = nn.losses.cross_entropy(project(hidden).astype(mx.float32), mx.array(targets))
     assert losses.dtype == mx.float32
     assert mx.allclose(losses, wide, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("k", [1, 8, VOCAB])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 300.0])
+def test_the_divergence_has_the_slope_of_its_definition(k, scale):
+    """Of one kept token, some, and all; also where the model gives what is kept next to nothing, or all."""
+    mx.random.seed(4)
+    other, logits = 2.0 * mx.random.normal((ROWS, VOCAB)), scale * mx.random.normal((ROWS, VOCAB))
+    kept = likeliest(log_softmax(other), k)
+    value, slope = kl_and_slope(logits, *kept)
+    assert mx.allclose(value, kl(*kept, log_softmax(logits)), rtol=1e-4, atol=1e-4).item()
+    expected = mx.grad(lambda logits: kl(*kept, log_softmax(logits)).sum())(logits)
+    assert mx.allclose(slope, expected, rtol=1e-3, atol=1e-4).item()
+
+
+def test_the_divergence_goes_through_the_head_in_chunks(chunk):
+    hidden, _, project = some()
+    kept = likeliest(log_softmax(project(hidden) + mx.random.normal((ROWS, VOCAB))), 8)
+
+    def whole(hidden):
+        return kl(*kept, log_softmax(project(hidden))).sum()
+
+    def chunked(hidden):
+        return head_losses(DIVERGENCE, hidden, kept, project, VOCAB, lambda _: None, with_gradient=True).sum()
+
+    (value, grad), (same, same_grad) = mx.value_and_grad(whole)(hidden), mx.value_and_grad(chunked)(hidden)
+    assert same.item() == pytest.approx(value.item(), rel=1e-5)
+    assert mx.allclose(same_grad, grad, rtol=1e-4, atol=1e-5).item()
 
 
 @pytest.mark.parametrize(

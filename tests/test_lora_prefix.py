@@ -1,0 +1,139 @@
+"""The layers below the lowest adapted one: computed once for each row, and nothing changes by it."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+from architectures import ARCHITECTURES, GEMMA2
+
+from radiance_mlx.lora.batches import batch_stream
+from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.prefix import install_prefix
+from radiance_mlx.lora.targets import find_targets
+from radiance_mlx.lora.trainer import Trainer
+from radiance_mlx.lora.tree import make_tree
+
+MODELS = {"llama": tiny.LLAMA, "gemma2": GEMMA2, **ARCHITECTURES}
+PLENTY = 2**30
+DATA = tiny.examples(5)
+
+
+def trainer(base, limit, *, layers=1, names=("o_proj",), grad_checkpoint=False, **changes):
+    """The last `layers` layers adapted; `limit` bytes may be kept of what is below them."""
+    section = tiny.settings(**{"batch_size": 2, "grad_accum": 2, "max_steps": 6, "eval_every": 2, **changes})
+    options = {"rank": 4, "scale": 2.0, "dropout": 0.0, "seed": 0, "grad_checkpoint": grad_checkpoint}
+    tree = make_tree(base, find_targets(base, names, layers), **options)
+    head = install_head(tree.module, tiny.VOCAB, narrow=not grad_checkpoint)
+    install_prefix(tree, sum(len(row.tokens) for row in DATA), limit)
+    return Trainer(tree, head, DATA, section, 1)
+
+
+def trained(base, limit, **options):
+    run = trainer(base, limit, **options)
+    tiny.drive(run.run())
+    return run
+
+
+def counted(base):
+    """A list that grows by the number of rows that the first layer is given."""
+    rows, layer = [], base.layers[0]
+    kind = type(layer)
+
+    def call(self, x, *more, **named):
+        rows.append(x.shape[0])
+        return kind.__call__(self, x, *more, **named)
+
+    layer.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return rows
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 2}, {"grad_checkpoint": True}, {"eval_fraction": 0.4}], ids=str)
+def test_losses_and_weights_are_those_of_the_whole_pass(options):
+    base = tiny.model()
+    without, run = trained(base, 0, **options), trained(base, PLENTY, **options)
+    assert without.tree.prefix is None
+    assert run.tree.prefix.nbytes > 0
+    assert tiny.losses(run) == pytest.approx(tiny.losses(without), rel=1e-5)
+    evals = [row["loss"] for row in without.history.evals]
+    assert [row["loss"] for row in run.history.evals] == pytest.approx(evals, rel=1e-5)
+    assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_every_architecture_learns_the_same(config):
+    """Where its layers do not pass everything on in one array, nothing is kept, and that is seen in time."""
+    base = tiny.model(config)
+    names = ["all-linear"] if "moe" not in config["model_type"] else ["o_proj"]
+    without, run = trained(base, 0, names=names), trained(base, PLENTY, names=names)
+    assert tiny.losses(run) == pytest.approx(tiny.losses(without), rel=1e-4)
+
+
+def test_each_row_is_computed_once():
+    base = tiny.model()
+    rows = counted(base)
+    run = trainer(base, PLENTY)
+    rows.clear()
+    tiny.drive(run.run())
+    assert rows == [1] * len(DATA)
+
+
+def test_a_row_is_the_same_in_any_company():
+    """Bit by bit: a run that was interrupted meets its rows in another order."""
+    base = tiny.model()
+    batches = [next(batch_stream(DATA, batch_size=size, max_tokens=64, seed=(0, 0))) for size in (1, 3, 5)]
+    found = {}
+    for batch in batches:
+        run, hidden = trainer(base, PLENTY), []
+        tiny.drive(run.tree.prefix.pieces(batch, hidden))
+        for tokens, end, row in zip(batch[0].tolist(), batch[1][:, 1].tolist(), hidden[0], strict=True):
+            kept = found.setdefault(tuple(tokens[:end]), row[:end])
+            assert mx.array_equal(row[:end], kept).item()
+    assert len(found) == len(DATA)
+
+
+def test_what_does_not_fit_as_a_whole_is_not_kept():
+    base = tiny.model()
+    tokens = sum(len(row.tokens) for row in DATA)
+    size = 4 * tokens * tiny.LLAMA["hidden_size"]
+    assert trainer(base, size).tree.prefix is not None
+    assert trainer(base, size - 1).tree.prefix is None
+
+
+@pytest.mark.parametrize(("names", "layers"), [(("q_proj",), -1), (("q_proj", "lm_head"), 1)])
+def test_there_is_none_below_an_adapted_first_layer_or_beside_an_adapted_head(names, layers):
+    assert trainer(tiny.model(), PLENTY, names=names, layers=layers).tree.prefix is None
+
+
+class _Remembers(nn.Module):
+    """A layer that leaves something for a later one beside its output."""
+
+    def __init__(self, inner, board):
+        super().__init__()
+        self.inner, self._board, self.use_sliding = inner, board, False
+
+    def __call__(self, x, *more, **named):
+        out = self.inner(x, *more, **named)
+        left = self._board.pop("left", None)
+        self._board["left"] = out * 0.5
+        return out if left is None else out + left
+
+
+def test_where_layers_tell_each_other_more_than_their_output_nothing_is_kept():
+    """And the layers are as they were."""
+    base, board = tiny.model(), {}
+    for i, layer in enumerate(base.layers):
+        base.layers[i] = _Remembers(layer, board)
+    tree = make_tree(base, find_targets(base, ["o_proj"], 1), rank=4, scale=2.0, dropout=0.0, seed=0)
+    before = [type(layer) for layer in tree.module.layers]
+    install_prefix(tree, 10, PLENTY)
+    assert tree.prefix is None
+    assert [type(layer) for layer in tree.module.layers] == before
+
+
+def test_other_trees_on_the_same_base_make_the_whole_pass():
+    base = tiny.model()
+    tokens = mx.array(tiny.prompts(6))
+    before = base(tokens)
+    run = trained(base, PLENTY)
+    assert mx.array_equal(base(tokens), before).item()
+    assert run.tree.module(tokens).shape == before.shape
