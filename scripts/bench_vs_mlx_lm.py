@@ -129,13 +129,13 @@ def loads(bench: Bench, server: Any, adapters: tuple[str | None, ...]) -> Figure
 
 def decode(bench: Bench) -> Figures:
     found: Figures = {}
-    with_adapter = bench.adapter(0)
+    with_adapter = bench.adapter(-1)  # the stable one
     for who, make in (("ours", bench.ours), ("mlx-lm", bench.theirs)):
         server = make()
         try:
             found[who] = {"base": loads(bench, server, ("base",) if who == "ours" else (None,))}
             if who == "ours":
-                found[who]["adapter"] = loads(bench, server, (bench.adapters[0],))
+                found[who]["adapter"] = loads(bench, server, ("stable",))
         finally:
             server.stop()
     server = bench.theirs(with_adapter)
@@ -287,7 +287,7 @@ def during(bench: Bench, server: Any, adapters: tuple[str | None, ...], work: Ca
 def both(bench: Bench) -> Figures:
     rows = [pair(bench.prompts) for _ in range(10 * BATCH)]
     found: Figures = {}
-    server = bench.ours()
+    server = bench.ours(**{"serving.fuse": "off"})  # one copy of the base
     try:
         alone = trained(bench, server, rows)
         found["ours"] = during(bench, server, ("base",), lambda: trained(bench, server, rows))

@@ -279,7 +279,7 @@ class MemorySection(Section):
     """Bounds on what MLX may take. Unset limits come from the device."""
 
     limit_gb: Annotated[float, Field(gt=0, le=MOST_GB)] | None = None
-    cache_limit_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 1024
+    cache_limit_mb: Annotated[float, Field(ge=0, le=MOST_MB)] | None = None
     wired: bool = False
 
 

@@ -1,6 +1,9 @@
 """Choosing the device, and the bounds on its memory."""
 
+import contextlib
+import ctypes
 import platform
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +12,10 @@ import mlx.core as mx
 from ..config.schema import MemorySection
 from ..errors import ConfigError
 from ..lora.memory import device_bytes
+
+
+#: bytes of free buffers that MLX may keep; on a CPU a fresh one costs next to nothing
+CACHE_ON_CPU, CACHE_ELSEWHERE = 16 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,25 @@ def select(wanted: str, memory: MemorySection) -> Backend:
     mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
     if name == "cpu":
         mx.disable_compile()
-    mx.set_cache_limit(int(memory.cache_limit_mb * 2**20))
+    mx.set_cache_limit(_cache_limit(name, memory))
     if memory.limit_gb is not None:
         mx.set_memory_limit(int(memory.limit_gb * 2**30))
     info: dict[str, Any] = mx.device_info()
     return Backend(name, str(info.get("device_name") or platform.machine()), device_bytes(memory.limit_gb))
+
+
+def release_memory() -> None:
+    """Give back to the system what is free: MLX's buffers, and what the C library holds on to."""
+    mx.clear_cache()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _cache_limit(name: str, memory: MemorySection) -> int:
+    if memory.cache_limit_mb is not None:
+        return int(memory.cache_limit_mb * 2**20)
+    return CACHE_ON_CPU if name == "cpu" else CACHE_ELSEWHERE
 
 
 def _resolve(wanted: str) -> str:

@@ -202,7 +202,8 @@ class Engine:
         self._task = self._done = None
         if isinstance(task, TrainingTask):
             self._finish_training(task, outcome)
-        mx.clear_cache()
+        del task  # what it held is free now
+        backends.release_memory()
         if done is not None:
             done(outcome)
 
