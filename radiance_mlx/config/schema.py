@@ -172,6 +172,7 @@ class ReplaySection(Section):
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     reservoir: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
+    refocus: Annotated[int, Field(ge=0, le=100)] = 0
     by_tag: bool = False
 
 

@@ -13,7 +13,6 @@ from ..config.schema import MemorySection
 from ..errors import ConfigError
 from ..lora.memory import device_bytes
 
-
 #: bytes of free buffers that MLX may keep; on a CPU a fresh one costs next to nothing
 CACHE_ON_CPU, CACHE_ELSEWHERE = 16 * 2**20, 2**30
 

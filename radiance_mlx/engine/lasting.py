@@ -109,7 +109,7 @@ class Lasting:
         for example in reservoir(earlier, self._replay.reservoir, (lesson.seed, lesson.number)):
             rows += [self._encoded(worded, lesson) for worded in (example, *self._worded(example))]
             yield Piece([], barrier=True)
-        self.replay = Replay(rows, self._replay.fraction)
+        self.replay = Replay(rows, self._replay.fraction, self._replay.refocus)
 
     def _still_true(self, log: Sequence[Example], new: Sequence[Example], out: list[int]) -> Iterator[Piece]:
         for _ in still_true(log, new, out, self._worded):

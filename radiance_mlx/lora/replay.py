@@ -10,8 +10,9 @@ Reservoir sampling: Vitter, Random sampling with a reservoir, 1985 (algorithm R)
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -27,10 +28,14 @@ NEW, EARLIER, _WITHIN = 1, 2, 3
 
 @dataclass(frozen=True)
 class Replay:
-    """Earlier `examples` to train beside new ones: `fraction` of each optimizer step's rows, 0 ≤ fraction < 1."""
+    """Earlier `examples` to train beside new ones: `fraction` of each optimizer step's rows, 0 ≤ fraction < 1.
+
+    They are measured `refocus` times in a batch, and the hardest of them replayed from then on.
+    """
 
     examples: Sequence[Encoded]
     fraction: float
+    refocus: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.fraction < 1.0:
@@ -51,7 +56,7 @@ class Replay:
     def without(self, rows: Iterable[Encoded]) -> "Replay":
         """The same share of what is not among `rows`."""
         left_out = {e.tokens for e in rows}
-        return Replay([e for e in self.examples if e.tokens not in left_out], self.fraction)
+        return replace(self, examples=[e for e in self.examples if e.tokens not in left_out])
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,41 @@ def replay_stream(
     accumulate: int,
     max_tokens: int,
     seed: tuple[int, int],
+    focuses: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Iterator[Batch]:
     """Micro-batches without end; `accumulate` of them, `batch_size` rows each, are one optimizer step's.
 
     With nothing to replay this is `batch_stream` itself. Otherwise new and earlier rows come in `turns`, each in
-    a shuffled order of its own; a step never takes more earlier rows than there are.
+    a shuffled order of its own; a step never takes more earlier rows than there are. From each step in `focuses`
+    on, the earlier rows are those at its places, in turn; it is looked at when that step's rows are asked for.
     """
     if replay is None or not replay.active:
         yield from batch_stream(new, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
         return
     places = [Place(new, 1.0 - replay.fraction, NEW), Place(replay.examples, replay.fraction, EARLIER, once=True)]
-    yield from mixed_stream(places, batch_size=batch_size, accumulate=accumulate, max_tokens=max_tokens, seed=seed)
+    sizes = {"batch_size": batch_size, "accumulate": accumulate, "max_tokens": max_tokens}
+    yield from mixed_stream(places, **sizes, seed=seed, focuses=focuses)
 
 
 def mixed_stream(
-    places: Sequence[Place], *, batch_size: int, accumulate: int, max_tokens: int, seed: tuple[int, ...]
+    places: Sequence[Place],
+    *,
+    batch_size: int,
+    accumulate: int,
+    max_tokens: int,
+    seed: tuple[int, ...],
+    focuses: Mapping[int, Sequence[int]] = MappingProxyType({}),
 ) -> Iterator[Batch]:
-    """As `replay_stream`, of rows from several `places` in `turns`; the first fills up what the others cannot."""
+    """As `replay_stream`, of rows from several `places` in `turns`; the first fills up what the others cannot.
+
+    `focuses` are of the last place's rows.
+    """
     rows = batch_size * accumulate
     order = turns([place.share for place in places])
-    own = [shuffled(len(place.rows), (*seed, place.mark)) for place in places]
+    own: list[Iterator[int]] = [shuffled(len(place.rows), (*seed, place.mark)) for place in places]
     for step in itertools.count():
+        if step in focuses:
+            own[-1] = itertools.cycle(focuses[step])
         taken = Counter(itertools.islice(order, rows))
         counts = [min(taken[i], len(place.rows)) if place.once else taken[i] for i, place in enumerate(places)]
         counts[0] += rows - sum(counts)

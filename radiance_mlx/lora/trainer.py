@@ -21,6 +21,7 @@ from ..config.schema import TrainingSection
 from ..errors import NonFinite, TrainingFailed
 from .batches import Batch, batches_once, fit_to_data
 from .encoding import Encoded
+from .focus import focus_steps, hardest, row_losses
 from .head import TargetRows
 from .holdout import Best, Holdout
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
@@ -100,6 +101,8 @@ class Trainer:
         self.history = History()
         self.trained_tokens = 0
         self.finished_early = ""
+        self._head = head
+        self._focuses: dict[int, list[int]] = {}  # from which step on which of the replayed rows come
         self._on_step = on_step
         self._loss = LossFunction(tree, head)
         self._micro = MicroBatch(tree, self._loss)
@@ -160,6 +163,7 @@ class Trainer:
             "second_from": self.holdout.second_from,
             "finished_early": self.finished_early,
             "has_best": self.holdout.best is not None,
+            "focuses": sorted(self._focuses.items()),
         }
         return (
             self.tree.parameters(),
@@ -191,6 +195,7 @@ class Trainer:
         self.holdout.best = Best.from_arrays(best) if best else None
         self.holdout.second_from = progress["second_from"]
         self.finished_early = str(progress["finished_early"])
+        self._focuses.update((int(step), list(places)) for step, places in progress["focuses"])
         self.step = int(progress["step"])
         self.trained_tokens = int(progress["trained_tokens"])
         self._seconds = float(progress["seconds"])
@@ -211,6 +216,7 @@ class Trainer:
         steps = self._steps(self.micro_batches(), self.step)
         yield from self._evaluate_if_due()  # an interruption may have come between a step and its evaluation
         while self.step < self.holdout.first_steps and not self._why_stop():
+            yield from self._refocus_if_due()
             yield from self._timed_step(next(steps), next(rehearsed))
             yield from self._evaluate_if_due()
             self._on_step(self)
@@ -268,7 +274,17 @@ class Trainer:
             accumulate=self._args_first.grad_accumulation_steps,
             max_tokens=self._args_first.max_seq_length,
             seed=(self.settings.seed, self.number),
+            focuses=self._focuses,
         )
+
+    def _refocus_if_due(self) -> Iterator[Piece]:
+        replay = self._replay_first
+        if replay is None or not replay.active or self.step in self._focuses:
+            return
+        if self.step in focus_steps(replay.refocus, self.holdout.first_steps):
+            losses: list[float] = []
+            yield from row_losses(self.tree, self._head, replay.examples, self.args.max_seq_length, losses)
+            self._focuses[self.step] = hardest(losses, self.args.batch_size * self.args.grad_accumulation_steps)
 
     def _rehearsed_from(self, step: int) -> Iterator[list[RehearsalBatch]]:
         if self.rehearsal is None:
