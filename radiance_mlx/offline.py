@@ -46,11 +46,13 @@ async def _evaluate(
     anchors: dict[str, Any],
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    engine = EngineThread(loaded.config, loaded.home, lambda error: None)
+    here = loaded.config.training.model_copy(update={"distributed": "off"})
+    config = loaded.config.model_copy(update={"training": here})
+    engine = EngineThread(config, loaded.home, lambda error: None)
     try:
         facts = await engine.start()
         (loaded.home / "metrics").mkdir(parents=True, exist_ok=True)
-        evaluator = Evaluator(loaded.config, loaded.home, engine, facts)
+        evaluator = Evaluator(config, loaded.home, engine, facts)
         subjects = _subjects(loaded.home, checkpoints, against, adapter_path, facts.base_hash)
         return await evaluator.evaluate(subjects, asked_for(evaluator.anchors, loaded.home, anchors), report)
     finally:

@@ -11,7 +11,7 @@ from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.fusing import folded_bytes
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowState
 from radiance_mlx.errors import CheckpointDamaged
-from radiance_mlx.lora.bank import Bank
+from radiance_mlx.lora.bank import AdapterWeights, Bank
 from radiance_mlx.lora.targets import find_targets
 
 NAME = "A_2026-02-09_0001"
@@ -127,7 +127,35 @@ def test_without_room_the_bank_goes_on_and_always_says_why(caplog):
     with caplog.at_level(logging.WARNING):
         served.fold()
     assert served.fused.tree is None
-    assert "100 bytes" in caplog.text or "0.0 MiB may be taken" in caplog.text
+    assert "0.0 MiB may be taken" in caplog.text
+    assert served.fused.nbytes == 0
+
+
+def test_what_is_folded_gives_way_also_while_it_is_being_folded():
+    """Its bytes count as soon as folding begins."""
+    served = Served()
+    served.fused.follow(NAME, lambda: served.adapters[0])
+    served.fused.slice(0.0)
+    assert served.fused.nbytes > 0
+    served.fused.give_way()
+    assert (served.fused.pending, served.fused.nbytes) == (False, 0)
+    served.fold()
+    served.fused.give_way()
+    assert (served.fused.tree, served.fused.nbytes) == (None, 0)
+    assert "training" in served.fused.why_not
+
+
+@pytest.mark.parametrize(("size", "folded"), [(1e-4, False), (1.0, True)])
+def test_a_change_that_half_precision_cannot_hold_is_not_folded(size, folded):
+    """bfloat16 has eight bits: what is small beside a weight would be rounded away."""
+    served = Served()
+    served.base.set_dtype(mx.bfloat16)
+    weights = {path: (a, b * size) for path, (a, b) in served.adapters[0].weights.items()}
+    served.adapters[0] = AdapterWeights(weights, 2.0)
+    served.fold()
+    assert (served.fused.name == NAME) is folded
+    assert ("rounding" in served.fused.why_not) is not folded
+    assert (served.fused.nbytes > 0) is folded
 
 
 def test_files_that_cannot_be_read_leave_the_bank_to_answer():
@@ -140,6 +168,19 @@ def test_files_that_cannot_be_read_leave_the_bank_to_answer():
     served.fused.slice(1.0)
     assert not served.fused.pending
     assert "damaged" in served.fused.why_not
+
+
+def test_an_update_that_needs_the_room_gets_it(tmp_path):
+    """With room for training or for folded weights, but not for both, every update is published."""
+    needed = 12 * 2**20
+    limit = {"memory.limit_gb": 0.045, "serving.fuse": "always"}
+    with running(tmp_path, {**QUICK, **limit}) as service:
+        service.learn(FACTS[0])
+        until(lambda: fused(service) is not None, "folded")
+        assert service.engine(lambda engine: engine._fused.nbytes) < needed
+        service.engine(lambda engine: engine._make_room(int(0.044 * 2**30)))
+        assert fused(service) is None
+        service.learn(FACTS[1])
 
 
 def fused(service):

@@ -1,7 +1,11 @@
 """Answers while a batch is prepared, trained and committed."""
 
+import weakref
+
 from running import FACTS, QUICK, running, until
 
+from radiance_mlx.engine import backend
+from radiance_mlx.engine.training import TrainingTask
 from radiance_mlx.messages import FINAL_STATES
 
 
@@ -56,3 +60,22 @@ def test_a_long_prompt_is_encoded_beside_the_engine_and_answered_alike(tmp_path)
         finally:
             thread.LONG_PROMPT = before
         assert (beside.text, beside.prompt_tokens) == (plain.text, plain.prompt_tokens)
+
+
+def test_nothing_of_a_batch_stays_in_memory_when_it_has_ended(tmp_path, monkeypatch):
+    """Neither of one that was published nor of one that failed, when free memory is given back."""
+    tasks, alive = [], []
+    made = TrainingTask.__init__
+
+    def counted(self, *args, **named):
+        tasks.append(weakref.ref(self))
+        made(self, *args, **named)
+
+    monkeypatch.setattr(TrainingTask, "__init__", counted)
+    monkeypatch.setattr(backend, "release_memory", lambda: alive.append(sum(task() is not None for task in tasks)))
+    with running(tmp_path, QUICK) as service:
+        service.learn(FACTS[0])
+        service.learn(FACTS[1])
+    with running(tmp_path / "bad", {**QUICK, "training.lr": 1e30}) as service:
+        service.wait(service.post(FACTS[0]), "failed")
+    assert (len(tasks), alive) == (3, [0, 0, 0])

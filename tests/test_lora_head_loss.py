@@ -18,6 +18,7 @@ ROWS, DIMS, VOCAB = 13, 64, 50
 @pytest.fixture(params=[1, 4, 100], ids="chunks of {}".format)
 def chunk(request, monkeypatch):
     """Rows of a chunk: single ones, some left over at the end, all at once."""
+    monkeypatch.setattr(head_loss, "FEWEST", 1)
     monkeypatch.setattr(head_loss, "CHUNK_ON_CPU", request.param * VOCAB)
     monkeypatch.setattr(head_loss, "CHUNK_ELSEWHERE", request.param * VOCAB)
     return request.param

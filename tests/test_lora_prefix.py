@@ -5,7 +5,9 @@ import mlx.nn as nn
 import pytest
 import tiny
 from architectures import ARCHITECTURES, GEMMA2
+from running import FACTS, QUICK, running
 
+from radiance_mlx.engine import preparing
 from radiance_mlx.lora.batches import batch_stream
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.prefix import install_prefix
@@ -61,10 +63,11 @@ def test_losses_and_weights_are_those_of_the_whole_pass(options):
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 def test_every_architecture_learns_the_same(config):
-    """Where its layers do not pass everything on in one array, nothing is kept, and that is seen in time."""
+    """In all of these the layers pass everything on in one array."""
     base = tiny.model(config)
     names = ["all-linear"] if "moe" not in config["model_type"] else ["o_proj"]
     without, run = trained(base, 0, names=names), trained(base, PLENTY, names=names)
+    assert run.tree.prefix is not None
     assert tiny.losses(run) == pytest.approx(tiny.losses(without), rel=1e-4)
 
 
@@ -89,6 +92,28 @@ def test_a_row_is_the_same_in_any_company():
             kept = found.setdefault(tuple(tokens[:end]), row[:end])
             assert mx.array_equal(row[:end], kept).item()
     assert len(found) == len(DATA)
+
+
+def test_rows_that_are_only_measured_are_not_kept():
+    run, out = trainer(tiny.model(), PLENTY), []
+    tiny.drive(run.evaluate(tiny.examples(3, seed=9), out))
+    assert run.tree.prefix.nbytes == 0
+
+
+def test_the_service_trains_with_it_where_rows_come_again(tmp_path):
+    """nano's own values adapt its last two layers; with as many steps as rows there is nothing to be won."""
+    settings = {**QUICK, "training.max_steps": 1_000_000}
+    with running(tmp_path, settings) as service:
+        service.post(FACTS[0])
+        service.wait_for_step(1)
+        assert service.engine(lambda engine: engine._task._trainer.tree.prefix.nbytes) > 0
+    with running(tmp_path / "once", {**settings, "training.max_steps": 1, "training.batch_size": 1}) as service:
+        trees = []
+        make = preparing.install_prefix
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(preparing, "install_prefix", lambda tree, *more: trees.append(tree) or make(tree, *more))
+            service.learn(FACTS[0], FACTS[1])
+        assert trees == []
 
 
 def test_what_does_not_fit_as_a_whole_is_not_kept():

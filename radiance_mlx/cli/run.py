@@ -92,8 +92,10 @@ def run(
     }
     flags = {**parse_settings(settings or []), **{k: v for k, v in named.items() if v is not None}}
     loaded = load_config(config_file=config, home=home, flags=flags)
-    if loaded.config.training.distributed != "off" and _is_worker():
-        return _work(loaded.config)
+    if loaded.config.training.distributed != "off":
+        _connect(loaded.config)
+        if _is_worker():
+            return _work(loaded.config)
     from ..api.server import serve
 
     secured = loaded.config.server.token is not None
@@ -103,6 +105,18 @@ def run(
 def _is_worker() -> bool:
     """Whether mlx.launch has started this process as another rank than the first, which is the service."""
     return os.environ.get("MLX_RANK", "0") != "0"
+
+
+def _connect(config: "Config") -> None:
+    """Wait for the other ranks; before the base is loaded, which may take longer here than there."""
+    from ..lora.ranks import connect
+
+    assert config.training.distributed != "off"
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    typer.echo("waiting for the other machines …", err=True)
+    connect(config.training.distributed)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def _work(config: "Config") -> int:

@@ -5,6 +5,7 @@ work, or nothing. It knows no HTTP, no database and no event loop.
 """
 
 import copy
+import gc
 import logging
 import threading
 import time
@@ -114,7 +115,14 @@ class Engine:
         self._fused.follow(stable, lambda: self.checkpoint(str(stable)))
 
     def _room(self) -> int:
-        return self._backend.memory_bytes - mx.get_active_memory()
+        """Bytes for folded weights: as long as half of the memory stays free for training and prompts."""
+        return self._backend.memory_bytes // 2 - mx.get_active_memory()
+
+    def _make_room(self, needed: int) -> None:
+        """A batch needs so much: what is folded gives way if not both fit."""
+        if self._fused.nbytes and needed + self._fused.nbytes > self._backend.memory_bytes:
+            self._fused.give_way()
+            backends.release_memory()
 
     def prompt_encoder(self) -> ChatEncoder:
         """An encoder for another thread: it shares nothing with this one (fast tokenizers are not for two at once)."""
@@ -168,7 +176,8 @@ class Engine:
                 self._config,
                 self._home,
                 batch,
-                bank_bytes=self._bank.nbytes + self._fused.nbytes,
+                bank_bytes=self._bank.nbytes,
+                make_room=self._make_room,
                 context=self._base.context,
                 base_head=self._head,
                 ranks=self._ranks,
@@ -202,7 +211,10 @@ class Engine:
         self._task = self._done = None
         if isinstance(task, TrainingTask):
             self._finish_training(task, outcome)
-        del task  # what it held is free now
+        if isinstance(outcome, RadianceError):
+            outcome.__traceback__ = None  # its frames hold the task
+        del task
+        gc.collect()  # layers, their classes and what those refer to go round in circles
         backends.release_memory()
         if done is not None:
             done(outcome)
@@ -254,14 +266,16 @@ class Engine:
             return
         assert task is not None
         before = task.step if isinstance(task, TrainingTask) else 0
+        outcome: Any
         try:
-            result = task.slice(seconds)
+            outcome = task.slice(seconds)
         except RadianceError as error:
-            self._finish(error)
-            return
-        if result is not None:
-            self._finish(result)
-        elif isinstance(task, TrainingTask) and task.step != before:
+            outcome = error
+        stepped = isinstance(task, TrainingTask) and task.step != before
+        del task  # nobody may hold it when it ends
+        if outcome is not None:
+            self._finish(outcome)
+        elif stepped:
             self._decoder.refresh_live()
 
     def stop(self) -> None:

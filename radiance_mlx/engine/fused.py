@@ -3,7 +3,8 @@
 That spares each step the low-rank products, and takes the targets' weights once more (in full precision, where the
 base is quantised). The folded tree answers while every row of the batch is the stable checkpoint's; a mixed batch
 uses the bank, since two passes would read all weights twice. A row may go from one to the other between two tokens:
-they differ by rounding.
+they differ by rounding. Half-precision weights have few digits, and a small change can be lost in them: what would lose
+more than `LOSS` of it is not folded. Training has precedence: what is folded gives way to a batch that needs the room.
 """
 
 import copy
@@ -20,12 +21,14 @@ from ..errors import RadianceError
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.memory import readable
 from ..lora.step import Piece
-from .fusing import fold, folded_bytes
+from .fusing import fold, folded_bytes, rounding
 from .slices import Slices
 
 log = logging.getLogger(__name__)
 #: `auto` folds if the folded linears take at most so much of the bank's time
 WORTH_IT = 0.98
+#: of the adapter's change (root of the summed squares), what rounding may take
+LOSS = 0.01
 _REPEATS = 12
 
 
@@ -35,7 +38,7 @@ class FusedStable:
     def __init__(
         self, base: nn.Module, bank: Bank, mode: Literal["auto", "off", "always"], room: Callable[[], int]
     ) -> None:
-        """`room` tells how many bytes may still be taken."""
+        """`room` tells how many bytes may still be taken for it."""
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
         self._worth: bool | None = None  # as far as it has been measured
@@ -48,10 +51,17 @@ class FusedStable:
         """The stable checkpoint is `name` from now on (None: the base). What was folded goes at once."""
         if name is not None and name == self.name:
             return
-        self.name = self.tree = self._folding = None
-        self.nbytes = 0
+        self._let_go("serving.fuse is off" if self._mode == "off" else "")
         if name is not None and self._mode != "off" and self._worth is not False:
             self._folding = Slices(self._pieces(name, load), lambda: None)
+
+    def give_way(self) -> None:
+        """Its memory is needed: the bank answers until another checkpoint is stable."""
+        self._let_go("training needs the memory")
+
+    def _let_go(self, why: str) -> None:
+        self.name = self.tree = self._folding = None
+        self.nbytes, self.why_not = 0, why
 
     @property
     def pending(self) -> bool:
@@ -68,6 +78,8 @@ class FusedStable:
             message = error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
             self._refuse(f"folding failed: {message}")
         self._folding = None
+        if self.tree is None:
+            self.nbytes = 0
 
     def facts(self) -> dict[str, Any]:
         """For `/info`."""
@@ -87,42 +99,48 @@ class FusedStable:
         if needed > room:
             self._refuse(f"its weights take {readable(needed)}, and {readable(max(room, 0))} may be taken")
             return
+        self.nbytes = needed
         if self._mode == "auto" and self._worth is None:
-            yield Piece([], barrier=True, pause=True)
-            self._worth = self._is_faster(modules, adapter)
-            yield Piece([], barrier=True, pause=True)
+            yield from self._measure(modules, adapter)
         if self._mode == "auto" and not self._worth:
             self._refuse("for this base it was measured to be no faster than the bank")
             return
-        folded = []
+        folded, lost, whole = [], 0.0, 0.0
         for path, (a, b) in adapter.weights.items():
             plain = fold(modules[path], a, b, adapter.scale)
-            yield Piece([plain.weight], barrier=True)
+            off, change = rounding(modules[path], plain, a, b, adapter.scale)
+            yield Piece([plain.weight, off, change], barrier=True)
             folded.append((path, plain))
+            lost, whole = lost + off.item(), whole + change.item()
+        if lost > LOSS**2 * whole:
+            self._refuse(f"its weights would lose {(lost / whole) ** 0.5:.0%} of what was learnt by rounding")
+            return
         tree = copy.deepcopy(self._base)
         tree.update_modules(tree_unflatten(folded))
         tree.eval()
-        self.name, self.tree, self.nbytes, self.why_not = name, tree, needed, ""
+        self.name, self.tree, self.why_not = name, tree, ""
 
-    def _is_faster(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> bool:
+    def _measure(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> Iterator[Piece]:
         """One token through the linears of one layer, by the bank and folded, in turns; the fastest of each counts."""
         paths = list(adapter.weights)
         first = paths[len(paths) // 2].rpartition(".layers.")[2].partition(".")[0]
         paths = [path for path in paths if f".layers.{first}." in path] or paths[:1]
-        banked = [self._bank.linear(path) for path in paths]
-        plain = [fold(modules[path], *adapter.weights[path], adapter.scale) for path in paths]
-        inputs = [mx.zeros((1, 1, adapter.weights[path][0].shape[0]), _dtype_of(modules[path])) for path in paths]
-        mx.eval([linear.parameters() for linear in plain], inputs)
-        best = [float("inf")] * 2
-        for _ in range(_REPEATS):
-            for i, (linears, slots) in enumerate(((banked, mx.array([1], dtype=mx.uint32)), (plain, None))):
-                self._bank.rows.slots = slots
-                started = time.perf_counter()
-                mx.eval([linear(x) for linear, x in zip(linears, inputs, strict=True)])
-                best[i] = min(best[i], time.perf_counter() - started)
+        best = {"bank": 0.0, "folded": 0.0}
+        for path in paths:
+            plain = fold(modules[path], *adapter.weights[path], adapter.scale)
+            x = mx.zeros((1, 1, adapter.weights[path][0].shape[0]), plain.weight.dtype)
+            yield Piece([plain.weight, x], barrier=True)
+            times: dict[str, list[float]] = {name: [] for name in best}
+            for _ in range(_REPEATS):
+                times["bank"].append(self._timed(self._bank.linear(path), x, mx.array([1], dtype=mx.uint32)))
+                times["folded"].append(self._timed(plain, x, None))
+                yield Piece([], barrier=True)
+            best = {name: best[name] + min(times[name]) for name in best}
+        self._worth = best["folded"] <= WORTH_IT * best["bank"]
+
+    def _timed(self, linear: nn.Module, x: mx.array, slots: mx.array | None) -> float:
+        self._bank.rows.slots = slots
+        started = time.perf_counter()
+        mx.eval(linear(x))
         self._bank.rows.slots = None
-        return best[1] <= WORTH_IT * best[0]
-
-
-def _dtype_of(linear: nn.Module) -> mx.Dtype:
-    return linear.scales.dtype if isinstance(linear, nn.QuantizedLinear) else linear.weight.dtype
+        return time.perf_counter() - started

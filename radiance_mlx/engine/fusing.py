@@ -61,6 +61,13 @@ def fold(linear: nn.Module, a: mx.array, b: mx.array, scale: float) -> nn.Linear
     return plain
 
 
+def rounding(linear: nn.Module, plain: nn.Linear, a: mx.array, b: mx.array, scale: float) -> tuple[mx.array, mx.array]:
+    """Summed squares of what `fold` has rounded away, and of the adapter's whole change."""
+    change = scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
+    off = plain.weight.astype(mx.float32) - _whole(linear) - change
+    return (off * off).sum(), (change * change).sum()
+
+
 def folded_bytes(linear: nn.Module) -> int:
     """What the weight that `fold` makes of `linear` takes."""
     return int(linear.weight.shape[0]) * input_dims(linear) * _dtype(linear).size

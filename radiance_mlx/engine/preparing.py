@@ -67,12 +67,13 @@ class Preparation:
         on_step: Callable[[Trainer], None],
         *,
         bank_bytes: int,
+        make_room: Callable[[int], None],
         base_head: TargetRows | None,
         ranks: Ranks | None,
     ) -> None:
         self._base, self._targets, self._encoder = base, targets, encoder
         self._config, self._settings, self._home, self._batch = config, config.training, home, batch
-        self._rehearsed, self._on_step = rehearsed, on_step
+        self._rehearsed, self._on_step, self._make_room = rehearsed, on_step, make_room
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
         self._lasting: Lasting | None = None
         if Lasting.wanted(config.replay, config.rehearsal):
@@ -101,7 +102,7 @@ class Preparation:
             self.notes += self._lasting.notes
             self.examples = [self.examples[i] for i in self._lasting.kept]
             self._preflight([*self.examples, *self._lasting.rows(room)])
-        self.trainer = self._make_trainer()
+        yield from self._make_trainer()
 
     def _note_cut(self) -> None:
         cut = [e for e in self.examples if e.cut]
@@ -138,9 +139,11 @@ class Preparation:
             head=self._base_head,
             dropout=self._config.lora.dropout,
         )
+        self._make_room(needed.total)
         memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
 
-    def _make_trainer(self) -> Trainer:
+    def _make_trainer(self) -> Iterator[Piece]:
+        """Each of the parts tries its tree with some passes of a few tokens: a slice for each."""
         lora, lasting = self._config.lora, self._lasting
         tree = make_tree(
             self._base.module,
@@ -155,7 +158,9 @@ class Preparation:
         if self._base_head is not None:
             narrow = not self._settings.grad_checkpoint
             self.head = install_head(tree.module, self._base.vocab_size, narrow=narrow)
+            yield Piece([], barrier=True, pause=True)
         self._install_prefix(tree)
+        yield Piece([], barrier=True, pause=True)
         trainer = Trainer(
             tree,
             self.head,
@@ -169,7 +174,7 @@ class Preparation:
             origins=[*range(len(self.examples)), *(lasting.origins if lasting else [])],
         )
         self._note_sizes(trainer)
-        return trainer
+        self.trainer = trainer
 
     def _install_prefix(self, tree: TrainingTree) -> None:
         """Where rows come twice at least: else there is nothing to be won."""

@@ -50,6 +50,7 @@ class TrainingTask:
         batch: TrainBatch,
         *,
         bank_bytes: int,
+        make_room: Callable[[int], None],
         context: int,
         base_head: TargetRows | None,
         ranks: Ranks | None,
@@ -75,6 +76,7 @@ class TrainingTask:
             plan.rehearsed if plan else (),
             self._after_step,
             bank_bytes=bank_bytes,
+            make_room=make_room,
             base_head=base_head if self._sliced else None,
             ranks=ranks,
         )

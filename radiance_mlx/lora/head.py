@@ -81,7 +81,7 @@ def install_head(tree: nn.Module, vocab_size: int, *, narrow: bool = True) -> Ta
     rows.positions = None
     if certain:
         hidden = rows.hidden(tree, probe, mx.array([1]))
-        rows.project = next((p for p in map(_projection, originals) if _gives(p, hidden, full[0, 1])), None)
+        rows.project = next((p for p in map(_projection, originals) if _gives(p, hidden, part[0, 0])), None)
         if narrow:
             _narrow_last_layer(tree, rows, hidden.shape[-1])
         return rows
@@ -102,7 +102,11 @@ def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> None:
             continue
         kind = type(part)
         part.__class__ = _narrowed(kind, rows)
-        if not alike(rows.hidden(tree, probe, place), before):
+        try:
+            same = alike(rows.hidden(tree, probe, place), before)
+        except (ValueError, TypeError, AttributeError, IndexError):
+            same = False
+        if not same:
             part.__class__ = kind
 
 
@@ -129,8 +133,9 @@ def _projection(original: tuple[nn.Module, type]) -> Callable[[mx.array], mx.arr
 
 
 def _gives(project: Callable[[mx.array], mx.array], hidden: mx.array, logits: mx.array) -> bool:
+    """To the last bit: a bend of the logits may be slight where they are small."""
     try:
-        return alike(project(hidden)[0], logits)
+        return bool(mx.array_equal(project(hidden)[0], logits).item())
     except ValueError:  # of other shapes
         return False
 

@@ -14,11 +14,13 @@ import mlx.core as mx
 Project = Callable[[mx.array], mx.array]
 #: logits of one chunk: on a CPU about as many as its caches bear, elsewhere enough for a product worth its start
 CHUNK_ON_CPU, CHUNK_ELSEWHERE = 2**20, 2**25
+#: rows of a chunk at least: the head's own weights are read for each
+FEWEST = 32
 
 
 def chunk_rows(vocab_size: int) -> int:
     """Of how many rows the logits are there at a time."""
-    return max(1, (CHUNK_ON_CPU if mx.default_device() == mx.cpu else CHUNK_ELSEWHERE) // vocab_size)
+    return max(FEWEST, (CHUNK_ON_CPU if mx.default_device() == mx.cpu else CHUNK_ELSEWHERE) // vocab_size)
 
 
 @dataclass(frozen=True)

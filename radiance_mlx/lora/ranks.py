@@ -18,19 +18,27 @@ from .batches import Batch, target_positions
 from .step import Gradients, MicroBatch, MicroBatchResult, Piece, add_grads
 
 
+def connect(backend: Literal["auto", "ring", "jaccl"]) -> Any:
+    """MLX's group of all ranks, once for a process; returns when they have come. Raises `ConfigError` if they do not.
+
+    While it waits, no Python runs in this process: signals must have their default effect.
+    """
+    try:
+        return mx.distributed.init(strict=True, backend="any" if backend == "auto" else backend)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"training.distributed: the other machines cannot be reached: {error}",
+            "Start the service on all of them (docs/distributed.md), or set training.distributed: off.",
+            [{"key": "training.distributed", "problem": str(error)}],
+        ) from error
+
+
 class Wire:
     """What ranks say to each other. Every call must be met by one of the same kind on each of the others."""
 
     def __init__(self, backend: Literal["auto", "ring", "jaccl"]) -> None:
-        """Returns when all ranks have come. Raises `ConfigError` if they do not."""
-        try:
-            self._group = mx.distributed.init(strict=True, backend="any" if backend == "auto" else backend)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"training.distributed: the other machines cannot be reached: {error}",
-                "Start all of them with mlx.launch (docs/distributed.md), or set training.distributed: off.",
-                [{"key": "training.distributed", "problem": str(error)}],
-            ) from error
+        """As `connect`."""
+        self._group = connect(backend)
         self.rank, self.size = self._group.rank(), self._group.size()
 
     def sum(self, array: mx.array) -> mx.array:
@@ -62,14 +70,14 @@ class Ranks:
     """Rank 0's side: the others are told what to compute. Alone as soon as one of them is lost."""
 
     def __init__(self, backend: Literal["auto", "ring", "jaccl"], base: str) -> None:
-        """`base` is the fingerprint of the model, which must be everybody's. Raises `ConfigError`."""
+        """`base` is the fingerprint of the model, which must be everybody's. Raises `ConfigError` or `RankLost`."""
         self._wire = Wire(backend)
         self._awaited = 0  # numbers that the others add up for a step that was given up here
         self.lost = ""
         if self._wire.size < 2:
             raise ConfigError(
                 "training.distributed: this process was started alone.",
-                "Start it on each machine with mlx.launch (docs/distributed.md), or set training.distributed: off.",
+                "Start it on each machine (docs/distributed.md), or set training.distributed: off.",
                 [{"key": "training.distributed", "problem": "there is no other rank"}],
             )
         self._wire.tell({"base": base})
@@ -125,8 +133,8 @@ def own_part(
     """Append this rank's part to `out`: loss and gradients in one vector, float32; `place` is (rank, of how many)."""
     total = {name: mx.zeros_like(value) for name, value in micro.tree.parameters().items()}
     loss = mx.array(0.0)
-    for batch, key in zip(batches, keys, strict=True):
-        rows, share = _rows(batch, *place)
+    for index, (batch, key) in enumerate(zip(batches, keys, strict=True)):
+        rows, share = _rows(batch, (place[0] + index) % place[1], place[1])
         if not share:
             continue
         result = MicroBatchResult()
@@ -140,9 +148,12 @@ def own_part(
     yield Piece([out[-1]], barrier=True)
 
 
-def _rows(batch: Batch, rank: int, size: int) -> tuple[Batch, float]:
-    """A rank's rows, and which part of all targets they hold: longer and shorter rows are dealt out in turn."""
-    part = (batch[0][rank::size], batch[1][rank::size])
+def _rows(batch: Batch, first: int, size: int) -> tuple[Batch, float]:
+    """Every `size`-th row from `first` on, and which part of all targets they hold.
+
+    Rows are dealt out in turn, and so are those that are left over, from one micro-batch to the next.
+    """
+    part = (batch[0][first::size], batch[1][first::size])
     targets = len(target_positions(part)[1]) if part[0].shape[0] else 0
     return part, targets / len(target_positions(batch)[1])
 

@@ -359,12 +359,15 @@ class Trainer:
 
     # --- evaluation ------------------------------------------------------------------------------
 
-    def evaluate(self, examples: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
-        """Token-mean loss over `examples` without dropout; the value is appended to `out`."""
+    def evaluate(self, examples: Sequence[Encoded], out: list[float], *, own: bool = False) -> Iterator[Piece]:
+        """Token-mean loss over `examples` without dropout; the value is appended to `out`.
+
+        `own` ones are learnt here: what the tree's prefix makes of them is kept.
+        """
         total, count = 0.0, 0
         for batch in batches_once(examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length):
             hidden: list[mx.array] = []
-            if self.tree.prefix is not None:
+            if own and self.tree.prefix is not None:
                 yield from self.tree.prefix.pieces(batch, hidden)
             self.tree.module.eval()
             try:
@@ -380,7 +383,7 @@ class Trainer:
 
     def evaluate_all(self, out: list[float]) -> Iterator[Piece]:
         """`evaluate` over all that is learnt. Raises `NonFinite`: the last update may have ruined the weights."""
-        yield from self.evaluate(self.learnt, out)
+        yield from self.evaluate(self.learnt, out, own=True)
         self._check_finite(out[-1], 0.0)
 
     @property
@@ -400,13 +403,13 @@ class Trainer:
         """At most as many rows as one optimizer step trains: evaluation never costs over a third of it."""
         rows = self.args.batch_size * self.args.grad_accumulation_steps
         value: list[float] = []
-        yield from self.evaluate(self.examples[:rows], value)
+        yield from self.evaluate(self.examples[:rows], value, own=True)
         self.history.evals.append({"step": self.step, "loss": value[0]})
 
     def _evaluate_held_out(self) -> Iterator[Piece]:
         """All held-out rows. Raises `NonFinite`: no loss is lower than one that is no number."""
         value: list[float] = []
-        yield from self.evaluate(self.holdout.held, value)
+        yield from self.evaluate(self.holdout.held, value, own=True)
         self._check_finite(value[0], 0.0)
         self.history.evals.append({"step": self.step, "loss": value[0]})
         self.holdout.keep_best(self._held_out_losses, self.tree.parameters(), state_arrays(self.optimizer))

@@ -2,8 +2,9 @@
 
 `TapedLoRALinear` is mlx-lm's `LoRALinear` that also notes its output on the tree's `Tape` (where a step may
 be cut) and draws its dropout from a key of its own, so that the mask depends on nothing but the step: not on
-decoding in between, nor on a layer that is computed twice under gradient checkpointing. It adds the low-rank
-product inside the products themselves, forward and backward, instead of in passes of their own.
+decoding in between, nor on a layer that is computed twice under gradient checkpointing. Where base and adapter
+share a dtype and nothing is dropped out, it adds the low-rank product inside the products themselves, forward and
+backward, instead of in passes of its own.
 """
 
 import contextlib
