@@ -7,7 +7,8 @@
 Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. Rows:
 
 - `decode`: tokens/s, time to the first piece and gaps between pieces at 1, 4 and 8 clients, base and one adapter
-- `adapters`: eight clients over 1, 4 and 8 different adapters (mlx-lm's server loads the model anew for each)
+- `adapters`: eight clients over 1, 4 and 8 different adapters (mlx-lm's server loads the model anew for each; ours has
+  `serving.adapter_slots: 10`)
 - `first`: time to the first piece after prompts of about 16, 256 and 1,024 tokens, and with a shared prefix
 - `train`: steps/s and tokens/s alone: prompts of 100 words with answers of 8, masked; and text, unmasked
 - `both`: four clients while a batch trains, against a server beside `mlx_lm.lora`; and what memory that took
@@ -148,12 +149,14 @@ def decode(bench: Bench) -> Figures:
 
 def many_adapters(bench: Bench) -> Figures:
     found: Figures = {}
-    for who, make in (("ours", bench.ours), ("mlx-lm", bench.theirs)):
+    many = {"serving.adapter_slots": 10}
+    for who, make in (("ours", lambda: bench.ours(**many)), ("mlx-lm", bench.theirs)):
         server = make()
         try:
             found[who] = {}
+            names = [name if who == "ours" else str(bench.adapter(i)) for i, name in enumerate(bench.adapters)]
+            server.load(8, bench.prompts, 4, adapters=names)  # each has been there once
             for count in (1, 4, 8):
-                names = [name if who == "ours" else str(bench.adapter(i)) for i, name in enumerate(bench.adapters)]
                 load = server.load(8, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=names[:count])
                 found[who][f"{count} adapters"] = load.figures()
         finally:
@@ -287,7 +290,8 @@ def during(bench: Bench, server: Any, adapters: tuple[str | None, ...], work: Ca
 def both(bench: Bench) -> Figures:
     rows = [pair(bench.prompts) for _ in range(10 * BATCH)]
     found: Figures = {}
-    server = bench.ours(**{"serving.fuse": "off"})  # one copy of the base
+    # one copy of the base, about as many kept prompts as mlx-lm's server keeps (ten), and room for a token in a slice
+    server = bench.ours(**{"serving.fuse": "off", "serving.prompt_cache_mb": 16, "training.slice_ms": 40})
     try:
         alone = trained(bench, server, rows)
         found["ours"] = during(bench, server, ("base",), lambda: trained(bench, server, rows))

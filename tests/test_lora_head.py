@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, GEMMA2
 from mlx.utils import tree_flatten
 
 from radiance_mlx.lora.batches import batch_stream
-from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.head import install_found, install_head
 from radiance_mlx.lora.step import LossFunction
 
 MODELS = {
@@ -90,6 +90,25 @@ def test_what_mixes_positions_is_left_alone():
     base.layers[-1].mlp = _Smoothed(base.layers[-1].mlp)
     assert install_head(base, tiny.VOCAB) is not None
     assert type(base.layers[-1].mlp) is _Smoothed
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_what_was_found_out_about_a_base_holds_for_its_trees(config):
+    """Loss and gradients of a tree are those of one on which everything was tried."""
+    base = tiny.model(config)
+    names = ["qkv_proj"] if config["model_type"] == "phi3" else ["q_proj", "v_proj"]
+    batch = next(batch_stream(tiny.examples(3), batch_size=3, max_tokens=64, seed=(0, 0)))
+    found = install_head(copy.deepcopy(base), tiny.VOCAB).found
+    one, other = trained_a_bit(base, names), trained_a_bit(base, names)
+    heads = install_head(one.module, tiny.VOCAB), install_found(other.module, tiny.VOCAB, found)
+    assert heads[0].found == heads[1].found
+    assert (heads[0].project is None) is (heads[1].project is None)
+    kinds = [[type(module).__mro__[1] for _, module in tree.module.named_modules()] for tree in (one, other)]
+    assert kinds[0] == kinds[1]
+    loss, count, grads = loss_and_grads(one, heads[0], batch)
+    same_loss, same_count, same_grads = loss_and_grads(other, heads[1], batch)
+    assert (same_loss, same_count) == (loss, count)
+    assert tiny.equal(same_grads, grads)
 
 
 def test_only_target_rows_reach_the_head():

@@ -17,7 +17,7 @@ from ..config import Config
 from ..config.schema import ReplaySection
 from ..lora import files, memory
 from ..lora.encoding import ChatEncoder, Encoded
-from ..lora.head import TargetRows, install_head
+from ..lora.head import TargetRows, install_found, install_head
 from ..lora.prefix import install_prefix
 from ..lora.ranks import Ranks
 from ..lora.step import ComputeGradients, Piece
@@ -157,7 +157,7 @@ class Preparation:
         )
         if self._base_head is not None:
             narrow = not self._settings.grad_checkpoint
-            self.head = install_head(tree.module, self._base.vocab_size, narrow=narrow)
+            self.head = self._install_head(tree, self._base_head, narrow)
             yield Piece([], barrier=True, pause=True)
         self._install_prefix(tree)
         yield Piece([], barrier=True, pause=True)
@@ -175,6 +175,12 @@ class Preparation:
         )
         self._note_sizes(trainer)
         self.trainer = trainer
+
+    def _install_head(self, tree: TrainingTree, base_head: TargetRows, narrow: bool) -> TargetRows | None:
+        vocab, found = self._base.vocab_size, base_head.found
+        if found is None or set(found.candidates) & set(self._targets.paths):  # an adapted head is none to be found
+            return install_head(tree.module, vocab, narrow=narrow)
+        return install_found(tree.module, vocab, found, narrow=narrow)
 
     def _install_prefix(self, tree: TrainingTree) -> None:
         """Where rows come twice at least: else there is nothing to be won."""

@@ -7,6 +7,7 @@ each position by itself is then done to those rows only, too: nobody looks at th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .targets import LINEAR
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out about a base: the head's candidates, the head itself where nothing bends its logits, and the
+    parts of the last layer that can be done at some rows only; all as paths.
+    """
+
+    candidates: tuple[str, ...]
+    direct: str | None
+    narrowed: tuple[str, ...]
 
 
 class TargetRows:
@@ -28,6 +40,7 @@ class TargetRows:
         self.positions: mx.array | None = None
         self.hits = 0
         self.project: Callable[[mx.array], mx.array] | None = None
+        self.found: Found | None = None
         self._taken: mx.array | None = None
 
     def take(self, hidden: mx.array) -> mx.array:
@@ -81,17 +94,37 @@ def install_head(tree: nn.Module, vocab_size: int, *, narrow: bool = True) -> Ta
     rows.positions = None
     if certain:
         hidden = rows.hidden(tree, probe, mx.array([1]))
-        rows.project = next((p for p in map(_projection, originals) if _gives(p, hidden, part[0, 0])), None)
-        if narrow:
-            _narrow_last_layer(tree, rows, hidden.shape[-1])
+        direct = next((o for o in originals if _gives(_projection(o), hidden, part[0, 0])), None)
+        rows.project = _projection(direct) if direct else None
+        narrowed = _narrow_last_layer(tree, rows, hidden.shape[-1]) if narrow else []
+        paths = {id(module): path for path, module in tree.named_modules()}
+        rows.found = Found(
+            tuple(paths[id(module)] for module in heads),
+            paths[id(direct[0])] if direct else None,
+            tuple(paths[id(part)] for part in narrowed),
+        )
         return rows
     for module, kind in originals:
         module.__class__ = kind
     return None
 
 
-def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> None:
+def install_found(tree: nn.Module, vocab_size: int, found: Found, *, narrow: bool = True) -> TargetRows:
+    """As `install_head` on another tree of the same base, whose head is not adapted; nothing is tried again."""
+    rows, modules = TargetRows(vocab_size), dict(tree.named_modules())
+    if found.direct is not None:
+        rows.project = _projection((modules[found.direct], type(modules[found.direct])))
+    for path in found.candidates:
+        modules[path].__class__ = _taking(type(modules[path]), rows)
+    for path in found.narrowed if narrow else ():
+        modules[path].__class__ = _narrowed(type(modules[path]), rows)
+    rows.found = found
+    return rows
+
+
+def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> list[nn.Module]:
     """Have the last layer's position-wise parts done at `rows` only, if the logits there stay what they were."""
+    done = []
     layer = tree.layers[-1]
     parts = [] if layer is None else [m for m in layer.children().values() if isinstance(m, nn.Module)]
     parts = [m for m in parts if any(isinstance(inner, LINEAR) for inner in m.modules())]
@@ -106,8 +139,11 @@ def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> None:
             same = alike(rows.hidden(tree, probe, place), before)
         except (ValueError, TypeError, AttributeError, IndexError):
             same = False
-        if not same:
+        if same:
+            done.append(part)
+        else:
             part.__class__ = kind
+    return done
 
 
 def _is_position_wise(part: nn.Module, dims: int, dtype: mx.Dtype) -> bool:
