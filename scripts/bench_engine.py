@@ -19,6 +19,7 @@ and optimizer steps/s of training, rows of 100 words with answers of 8 (`masked`
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -118,7 +119,7 @@ class Decoding:
     def __init__(self, model: nn.Module, targets: Targets, vocab: int) -> None:
         self._vocab = vocab
         adapters = [random_adapter(model, targets, seed) for seed in range(max(ROWS))]
-        tree = _twin(model)
+        tree = copy.deepcopy(model)
         bank = Bank(tree, targets.paths, slots=max(ROWS) + 1, rank=RANK)
         for slot, adapter in enumerate(adapters, 1):
             bank.write(slot, adapter)
@@ -153,12 +154,6 @@ class Decoding:
         generator = JoiningGenerator(model, stream=stream, sampler=RowSampler(model))
         caches = [model.new_cache(RowState(slot, 0.0, 1.0, 0, NAME if slot else None)) for slot in slots]
         return decode_rate(generator, len(caches), tokens, self._vocab, caches)
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(model)
 
 
 def decode(model: nn.Module, targets: Targets, vocab: int, tokens: int, rounds: int) -> Figures:
@@ -231,9 +226,8 @@ class Training:
     def unsliced(self) -> Figures:
         return self._drive(self._trainer(False).run(), 1e9)
 
-    def theirs(self, compiled: bool) -> Figures:
-        if compiled:
-            mx.enable_compile()
+    def theirs(self) -> Figures:
+        mx.enable_compile()
         try:
             trainer = self._trainer(True)
             return self._drive(run_whole(trainer, self._timed), 1e9)
@@ -247,7 +241,7 @@ def train(model: nn.Module, targets: Targets, vocab: int, steps: int) -> Figures
     for kind in ("masked", "text"):
         training = Training(model, targets, kind, steps, vocab)
         found[kind] = {
-            "mlx-lm": training.theirs(compiled=True),
+            "mlx-lm": training.theirs(),
             "sliced": training.sliced(),
             "unsliced": training.unsliced(),
         }
