@@ -7,6 +7,7 @@ raise the signal again after the shutdown.
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -112,6 +113,8 @@ async def _serve(loaded: Loaded, announce: Announce) -> int:
 
 async def _start(service: Service, announce: Announce, started: float) -> None:
     await service.start()
+    gc.collect()
+    gc.freeze()  # what is loaded stays loaded: the collection after each batch looks at the rest, 0.1 instead of 40 ms
     facts = service.facts
     assert facts is not None
     checkpoint, status = service.current
