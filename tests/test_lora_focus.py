@@ -34,7 +34,7 @@ def test_the_loss_of_each_row_is_mlx_lms(base, full_head):
     """Whatever company a row is measured in, rows without a target included; in the rows' order."""
     tree, rows, out = tiny.tree(base, dropout=0.5), [*EARLIER, Encoded((1, 2), 2)], []
     head = None if full_head else install_head(tree.module, tiny.VOCAB)
-    tiny.drive(row_losses(tree, head, rows, 64, out), together=3)
+    tiny.drive(row_losses(tree, head, rows, out), together=3)
     tree.module.eval()
     expected = []
     for row in EARLIER:
@@ -83,7 +83,7 @@ def test_a_run_measures_and_then_replays_the_hardest(base):
     tiny.drive(itertools.takewhile(lambda _: run.step < 3 or not run._focuses, run.run()))
     [(step, places)] = run._focuses.items()
     losses = []
-    tiny.drive(row_losses(run.tree, None, EARLIER, section.max_seq_length, losses))
+    tiny.drive(row_losses(run.tree, None, EARLIER, losses))
     assert step == 3
     assert min(losses[i] for i in places) >= max(losses[i] for i in range(len(losses)) if i not in places) - 1e-4
 

@@ -103,7 +103,7 @@ def run(
 
 
 def _is_worker() -> bool:
-    """Whether mlx.launch has started this process as another rank than the first, which is the service."""
+    """Whether this process was started as another rank than the first, which is the service."""
     return os.environ.get("MLX_RANK", "0") != "0"
 
 

@@ -82,6 +82,29 @@ def batches_once(examples: Sequence[Encoded], *, batch_size: int, max_tokens: in
         yield from _one_epoch(chunk, len(chunk), max_tokens, seed=None)
 
 
+def buckets(length: int) -> int:
+    """How many times 32 tokens a row of `length` is padded to."""
+    return -(-length // 32)
+
+
+def of_like_length(rows: Sequence[Encoded], together: int) -> Iterator[list[int]]:
+    """Places of rows of like length, of which at most `together` tokens (padding included), or one row."""
+    places: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
+        if places and (len(places) + 1) * 32 * buckets(len(rows[i].tokens)) > together:
+            yield places
+            places = []
+        places.append(i)
+    if places:
+        yield places
+
+
+def as_batch(rows: Sequence[Encoded]) -> Batch:
+    """`rows`, the shortest first, as one micro-batch in that order."""
+    (batch,) = batches_once(rows, batch_size=len(rows), max_tokens=max(len(row.tokens) for row in rows))
+    return batch
+
+
 def shuffled_batches(examples: Sequence[Encoded], *, batch_size: int, max_tokens: int, seed: int) -> Iterator[Batch]:
     """Every example once, similar lengths together, the micro-batches in the order of `seed`.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from .batches import batches_once, target_positions
+from .batches import as_batch, of_like_length, target_positions
 from .encoding import Encoded
 from .head import TargetRows
 from .head_loss import CROSS_ENTROPY
@@ -20,7 +20,8 @@ from .tree import TrainingTree
 
 #: of all that is replayed, so much is the focus; but no fewer rows than this, nor than a step takes
 HARDEST, AT_LEAST = 0.3, 16
-_TOGETHER = 32
+#: tokens that are measured together
+TOGETHER = 1024
 
 
 def focus_steps(times: int, steps: int) -> list[int]:
@@ -35,26 +36,19 @@ def hardest(losses: Sequence[float], at_least: int = AT_LEAST) -> list[int]:
 
 
 def row_losses(
-    tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], max_tokens: int, out: list[float]
+    tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], out: list[float]
 ) -> Iterator[Piece]:
     """Append to `out` the summed cross-entropy in nats of each of `rows`, in order, without dropout."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     found = [0.0] * len(rows)
-    for start in range(0, len(order), _TOGETHER):
-        places = order[start : start + _TOGETHER]
-        chunk = [rows[i] for i in places]
-        (batch,) = batches_once(chunk, batch_size=len(chunk), max_tokens=max_tokens)
+    for places in of_like_length(rows, TOGETHER):
+        batch = as_batch([rows[i] for i in places])
         positions, targets = target_positions(batch)
-        tree.module.eval()
-        try:
-            with tree.forward(mx.random.key(0)):
-                losses = losses_at_targets(tree, head, batch, CROSS_ENTROPY, [mx.array(targets)])
-        finally:
-            tree.module.train()
+        with tree.quiet():
+            losses = losses_at_targets(tree, head, batch, CROSS_ENTROPY, [mx.array(targets)])
         yield from noted(tree)
         yield Piece([losses], barrier=True)
         row_of = positions // (batch[0].shape[1] - 1)
-        sums = np.bincount(row_of, weights=np.array(losses), minlength=len(chunk))
+        sums = np.bincount(row_of, weights=np.array(losses), minlength=len(places))
         for i, value in zip(places, sums.tolist(), strict=True):
             found[i] = value
     out.extend(found)

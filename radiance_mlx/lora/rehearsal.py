@@ -23,7 +23,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointDamaged
-from .batches import Batch, batches_once, turns
+from .batches import as_batch, batches_once, buckets, of_like_length, turns
 from .distributions import DIVERGENCE, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
@@ -83,9 +83,9 @@ def teacher(
     """
     rows = [row for row in rows if row.targets > 0]
     made: dict[int, Rehearsed] = {}
-    for places in _of_like_length(rows, together):
+    for places in of_like_length(rows, together):
         chunk = [rows[i] for i in places]
-        logits, _ = quiet_logits(tree, head, _as_batch(chunk))
+        logits, _ = quiet_logits(tree, head, as_batch(chunk))
         logprobs = log_softmax(logits)
         kept = likeliest(logprobs, top)
         yield from noted(tree)
@@ -99,8 +99,8 @@ def teacher(
 def sureness(tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
     """Append to `out` the log-probability of what `tree` finds likeliest at each row's only target, in order."""
     made: dict[int, float] = {}
-    for places in _of_like_length(rows, TOGETHER):
-        logits, _ = quiet_logits(tree, head, _as_batch([rows[i] for i in places]))
+    for places in of_like_length(rows, TOGETHER):
+        logits, _ = quiet_logits(tree, head, as_batch([rows[i] for i in places]))
         logits = logits.astype(mx.float32)
         surest = logits.max(axis=-1) - mx.logsumexp(logits, axis=-1)
         yield from noted(tree)
@@ -108,23 +108,6 @@ def sureness(tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded
         yield Piece([surest], barrier=True)
         made.update(zip(places, surest.tolist(), strict=True))
     out.extend(made[i] for i in range(len(rows)))
-
-
-def _of_like_length(rows: Sequence[Encoded], together: int) -> Iterator[list[int]]:
-    """Places of rows of like length, of which at most `together` tokens (padding included), or one row."""
-    places: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
-        if places and (len(places) + 1) * 32 * _width(len(rows[i].tokens)) > together:
-            yield places
-            places = []
-        places.append(i)
-    if places:
-        yield places
-
-
-def _as_batch(rows: Sequence[Encoded]) -> Batch:
-    (batch,) = batches_once(rows, batch_size=len(rows), max_tokens=max(len(row.tokens) for row in rows))
-    return batch
 
 
 def _split(rows: Sequence[Encoded], ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray) -> Iterator[Rehearsed]:
@@ -209,7 +192,7 @@ def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[
     """
     for epoch in itertools.count():
         rng = np.random.default_rng([*seed, _ROWS, epoch])
-        order = sorted(rng.permutation(len(lengths)).tolist(), key=lambda i: _width(lengths[i]))
+        order = sorted(rng.permutation(len(lengths)).tolist(), key=lambda i: buckets(lengths[i]))
         starts = range(0, len(order), block)
         for i in rng.permutation(len(starts)).tolist():
             yield from order[starts[i] : starts[i] + block]
@@ -220,7 +203,7 @@ def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[RehearsalBatch]
     ordered = sorted(rows, key=lambda r: len(r.row.tokens))
     targets = sum(r.row.targets for r in ordered)
     made: list[RehearsalBatch] = []
-    for _, alike in itertools.groupby(ordered, key=lambda r: _width(len(r.row.tokens))):
+    for _, alike in itertools.groupby(ordered, key=lambda r: buckets(len(r.row.tokens))):
         group = list(alike)
         made += [_batch(group[i : i + batch_size], targets) for i in range(0, len(group), batch_size)]
     return made
@@ -233,11 +216,6 @@ def _batch(rows: Sequence[Rehearsed], targets: int) -> RehearsalBatch:
         mx.array(np.concatenate([getattr(r, name) for r in rows])) for name in ("ids", "logprobs", "tail")
     )
     return tokens, spans, ids, logprobs, tail, targets
-
-
-def _width(length: int) -> int:
-    """The bucket that a row of `length` tokens is padded to."""
-    return -(-length // 32)
 
 
 # --- on disk -----------------------------------------------------------------------------------------

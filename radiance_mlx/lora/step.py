@@ -62,12 +62,8 @@ def target_logits(module: nn.Module, head: TargetRows | None, batch: Batch) -> t
 
 def quiet_logits(tree: TrainingTree, head: TargetRows | None, batch: Batch) -> tuple[mx.array, np.ndarray]:
     """`target_logits` of a tree without dropout; `noted` then gives where the graph may be cut."""
-    tree.module.eval()
-    try:
-        with tree.forward(mx.random.key(0)):
-            return target_logits(tree.module, head, batch)
-    finally:
-        tree.module.train()
+    with tree.quiet():
+        return target_logits(tree.module, head, batch)
 
 
 def noted(tree: TrainingTree) -> Iterator[Piece]:

@@ -283,7 +283,7 @@ class Trainer:
             return
         if self.step in focus_steps(replay.refocus, self.holdout.first_steps):
             losses: list[float] = []
-            yield from row_losses(self.tree, self._head, replay.examples, self.args.max_seq_length, losses)
+            yield from row_losses(self.tree, self._head, replay.examples, losses)
             self._focuses[self.step] = hardest(losses, self.args.batch_size * self.args.grad_accumulation_steps)
 
     def _rehearsed_from(self, step: int) -> Iterator[list[RehearsalBatch]]:
@@ -369,12 +369,8 @@ class Trainer:
             hidden: list[mx.array] = []
             if own and self.tree.prefix is not None:
                 yield from self.tree.prefix.pieces(batch, hidden)
-            self.tree.module.eval()
-            try:
-                with self.tree.forward(mx.random.key(0), *hidden):
-                    loss, tokens = self._loss(self.tree.module, *batch)
-            finally:
-                self.tree.module.train()
+            with self.tree.quiet(*hidden):
+                loss, tokens = self._loss(self.tree.module, *batch)
             yield from noted(self.tree)
             yield Piece([loss], barrier=True)
             weight = int(tokens)

@@ -120,6 +120,16 @@ class TrainingTree:
             self.tape.active = False
             self.module.update(own)
 
+    @contextlib.contextmanager
+    def quiet(self, hidden: mx.array | None = None) -> Iterator[None]:
+        """`forward` without dropout; the tree trains on afterwards as if nothing had been."""
+        self.module.eval()
+        try:
+            with self.forward(mx.random.key(0), hidden):
+                yield
+        finally:
+            self.module.train()
+
     def adapter(self) -> AdapterWeights:
         """The live weights (not copied: arrays never change in place)."""
         modules = dict(self.module.named_modules())
