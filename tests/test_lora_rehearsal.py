@@ -167,7 +167,7 @@ def test_the_teacher_can_be_cut(base):
     The tree trains on afterwards as if nothing had been.
     """
     tree, out = tiny.tree(base, dropout=0.3), []
-    pieces = list(teacher(tree, None, tiny.examples(3), out, together=2 * 64))
+    pieces = list(teacher(tree, None, tiny.examples(3), out, together=2 * 32))
     assert len(pieces) == 2 * (3 * 4 + 5)
     assert {len(piece.arrays) for piece in pieces} == {1}
     assert sum(piece.barrier for piece in pieces) == 2 * 5

@@ -4,7 +4,6 @@ On Metal an allocation that fails ends the process, so the estimate errs on the 
 the shapes of the linears and the numbers of attention heads, and knows no architecture.
 """
 
-import math
 import os
 import statistics
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..config.schema import TrainingSection
 from ..errors import NotEnoughMemory
+from .batches import padded
 from .encoding import Encoded
 from .head import TargetRows
 from .head_loss import chunk_rows
@@ -63,7 +63,7 @@ def estimate(
 ) -> Estimate:
     """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows."""
     rows = sorted(examples, key=lambda e: len(e.tokens))[-settings.batch_size :]
-    width = 32 * math.ceil(max(len(e.tokens) for e in rows) / 32)
+    width = padded(max(len(e.tokens) for e in rows))
     tokens = width * len(rows)
     layers = _layers(model, set(targets.paths) if dropout else set())
     scores = [_float_bytes(model) * layer.heads * width * tokens for layer in layers]

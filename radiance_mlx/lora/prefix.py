@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .batches import padded
 from .head import alike
 from .step import Piece, noted
 from .targets import layer_paths
@@ -77,7 +78,7 @@ class Prefix:
         keys = [row[:end].tobytes() for row, end in zip(tokens, ends, strict=True)]
         for key, row, end in zip(keys, tokens, ends, strict=True):
             if key not in self._kept:
-                hidden = self.compute(mx.array(row[None, : 32 * -(-end // 32)]))
+                hidden = self.compute(mx.array(row[None, : padded(int(end))]))
                 yield from noted(self._tree)
                 self._kept[key] = mx.contiguous(hidden[0, :end])
                 del hidden
