@@ -1,5 +1,7 @@
 """The layers below the lowest adapted one: computed once for each row, and nothing changes by it."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -9,25 +11,35 @@ from running import FACTS, QUICK, running
 
 from radiance_mlx.engine import preparing
 from radiance_mlx.lora.batches import batch_stream
+from radiance_mlx.lora.focus import row_losses
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.prefix import install_prefix
+from radiance_mlx.lora.rehearsal import (
+    HIDDEN_FILE,
+    Rehearsal,
+    Source,
+    load_rows,
+    save_rows,
+    teacher,
+    with_hidden,
+)
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.lora.trainer import Trainer
-from radiance_mlx.lora.tree import make_tree
+from radiance_mlx.lora.tree import adapter_tree, idle_adapter, make_tree
 
 MODELS = {"llama": tiny.LLAMA, "gemma2": GEMMA2, **ARCHITECTURES}
 PLENTY = 2**30
 DATA = tiny.examples(5)
 
 
-def trainer(base, limit, *, layers=1, names=("o_proj",), grad_checkpoint=False, **changes):
+def trainer(base, limit, *, layers=1, names=("o_proj",), grad_checkpoint=False, rehearsal=None, replay=None, **changes):
     """The last `layers` layers adapted; `limit` bytes may be kept of what is below them."""
     section = tiny.settings(**{"batch_size": 2, "grad_accum": 2, "max_steps": 6, "eval_every": 2, **changes})
     options = {"rank": 4, "scale": 2.0, "dropout": 0.0, "seed": 0, "grad_checkpoint": grad_checkpoint}
     tree = make_tree(base, find_targets(base, names, layers), **options)
     head = install_head(tree.module, tiny.VOCAB, narrow=not grad_checkpoint)
     install_prefix(tree, sum(len(row.tokens) for row in DATA), limit)
-    return Trainer(tree, head, DATA, section, 1)
+    return Trainer(tree, head, DATA, section, 1, rehearsal=rehearsal, replay=replay)
 
 
 def trained(base, limit, **options):
@@ -98,6 +110,85 @@ def test_rows_that_are_only_measured_are_not_kept():
     run, out = trainer(tiny.model(), PLENTY), []
     tiny.drive(run.evaluate(tiny.examples(3, seed=9), out))
     assert run.tree.prefix.nbytes == 0
+
+
+# --- rows that are rehearsed ---------------------------------------------------------------------
+
+
+def rehearsed(base, limit):
+    """Rows with what the base says to them; `limit` bytes may be kept of what is below the last layer."""
+    adapter = idle_adapter(base, find_targets(base, ["o_proj"], 1))
+    tree, out = adapter_tree(base, adapter), []
+    data = tiny.examples(6, seed=11)
+    head = install_head(tree.module, tiny.VOCAB)
+    install_prefix(tree, sum(len(row.tokens) for row in data), limit)
+    tiny.drive(teacher(tree, head, data, out, together=2 * 64))
+    return out
+
+
+def rehearsal(rows):
+    return Rehearsal([Source(rows)], kl_weight=2.0, rows=3)
+
+
+def test_what_is_rehearsed_begins_where_the_adapted_layers_do():
+    """What the base was asked is not computed again: the same run, and its lower layers see the lesson's rows alone."""
+    base = tiny.model()
+    rows, whole = rehearsed(base, PLENTY), rehearsed(base, 0)
+    assert all(r.hidden.shape == (len(r.row.tokens) - 1, tiny.LLAMA["hidden_size"]) for r in rows)
+    assert [r.hidden for r in whole] == [None] * len(rows)
+    for row, other in zip(rows, whole, strict=True):
+        assert abs(row.logprobs - other.logprobs).max() < 1e-5
+    without, run = trained(base, PLENTY, rehearsal=rehearsal(whole)), trained(base, PLENTY, rehearsal=rehearsal(rows))
+    assert [row["kl"] for row in run.history.steps] == pytest.approx(
+        [row["kl"] for row in without.history.steps], rel=1e-4, abs=1e-6
+    )
+    assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
+    seen = counted(base)
+    run = trainer(base, PLENTY, rehearsal=rehearsal(rows))
+    seen.clear()
+    tiny.drive(run.run())
+    assert seen == [1] * len(DATA)
+
+
+def test_a_step_whose_rows_are_not_all_kept_makes_the_whole_pass():
+    base = tiny.model()
+    rows = rehearsed(base, PLENTY)
+    some = [replace(r, hidden=None) if i % 2 else r for i, r in enumerate(rows)]
+    run, without = (trained(base, PLENTY, rehearsal=rehearsal(r)) for r in (some, rehearsed(base, 0)))
+    assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
+    no_room = trained(base, 0, rehearsal=rehearsal(rows))  # none for the lesson's rows either
+    assert tiny.furthest(no_room.tree.parameters(), without.tree.parameters()) < 1e-4
+
+
+def test_what_was_kept_comes_back_from_the_disk(tmp_path):
+    """To the last bit, for the same layers alone; what no longer fits is deleted, what is damaged is not there."""
+    rows = rehearsed(tiny.model(), PLENTY)
+    save_rows(tmp_path, rows, {}, below=1)
+    loaded, _ = load_rows(tmp_path)
+    assert [r.hidden for r in loaded] == [None] * len(rows)
+    for row, again in zip(rows, with_hidden(tmp_path, loaded, 1, PLENTY), strict=True):
+        assert mx.array_equal(row.hidden, again.hidden).item()
+    assert with_hidden(tmp_path, loaded, 2, PLENTY) == loaded
+    assert with_hidden(tmp_path, loaded[1:], 1, PLENTY) == loaded[1:]
+    file = tmp_path / HIDDEN_FILE
+    assert with_hidden(tmp_path, loaded, 1, file.stat().st_size - 1) == loaded
+    assert not file.exists()
+    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+    file.write_bytes(b"no arrays")
+    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+
+
+def test_measuring_what_is_replayed_takes_what_is_kept():
+    """And finds what a whole pass finds."""
+    base = tiny.model()
+    losses = []
+    for limit in (0, PLENTY):
+        run = trainer(base, limit)
+        found = []
+        tiny.drive(row_losses(run.tree, run._head, DATA, found))
+        losses.append(found)
+    assert run.tree.prefix.nbytes > 0
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_service_trains_with_it_where_rows_come_again(tmp_path):

@@ -202,7 +202,7 @@ def test_rows_survive_a_file(base, rows, tmp_path):
 def drawn(steps, count):
     """The first two tokens of every row, step by step."""
     return [
-        [tuple(row[:2]) for tokens, *_ in step for row in np.array(tokens).tolist()]
+        [tuple(row[:2]) for (tokens, *_), _ in step for row in np.array(tokens).tolist()]
         for step in itertools.islice(steps, count)
     ]
 
@@ -230,9 +230,9 @@ def test_rows_of_another_length_do_not_widen_a_micro_batch(base):
     long = Encoded(tuple(tiny.prompts(60)[0]), 2)
     rows = rehearsed(base, [*tiny.examples(7, longest=30), long])
     step = next(rehearsal(rows, count=8).steps(batch_size=8, max_tokens=64, seed=(0, 1)))
-    assert [tokens.shape[0] for tokens, *_ in step] == [7, 1]
-    assert step[0][0].shape[1] <= 32
-    assert {of for *_, of in step} == {sum(r.row.targets for r in rows)}
+    assert [tokens.shape[0] for (tokens, *_), _ in step] == [7, 1]
+    assert step[0][0][0].shape[1] <= 32
+    assert {of for (*_, of), _ in step} == {sum(r.row.targets for r in rows)}
 
 
 # --- a run with rehearsal ------------------------------------------------------------------------

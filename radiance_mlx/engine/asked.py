@@ -18,7 +18,8 @@ from ..config.schema import RehearsalSection
 from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
-from ..lora.rehearsal import Rehearsed, load_rows, save_rows, sureness, teacher
+from ..lora.prefix import install_prefix, lowest_adapted
+from ..lora.rehearsal import Rehearsed, load_rows, save_rows, sureness, teacher, with_hidden
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.tree import adapter_tree, idle_adapter
@@ -33,9 +34,19 @@ class Asked:
     """The frozen base, to be asked; what it says by itself is drawn once and kept in `folder`."""
 
     def __init__(
-        self, module: nn.Module, vocab_size: int, encoder: ChatEncoder, targets: Targets, folder: Path, key: str
+        self,
+        module: nn.Module,
+        vocab_size: int,
+        encoder: ChatEncoder,
+        targets: Targets,
+        folder: Path,
+        key: str,
+        *,
+        hidden_bytes: int = 0,
     ) -> None:
         self.module, self.encoder = module, encoder
+        self._below = lowest_adapted(module, targets)
+        self._room = hidden_bytes if self._below else 0
         self._vocab_size, self._targets = vocab_size, targets
         self.folder = folder / key[:16]
         self.count = cache(self._count)
@@ -43,9 +54,14 @@ class Asked:
         self._marks = tuple(encoder.tokenizer.all_special_tokens)
 
     def taught_by(self, rows: Sequence[Encoded], out: list[Rehearsed]) -> Iterator[Piece]:
-        """Append `rows` with the base's own distributions to `out`."""
+        """Append `rows` with the base's own distributions to `out`, and with `hidden` while there is room."""
         tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
-        yield from teacher(tree, install_head(tree.module, self._vocab_size), rows, out)
+        head = install_head(tree.module, self._vocab_size)
+        install_prefix(tree, sum(len(row.tokens) for row in rows), self._room)
+        taught: list[Rehearsed] = []
+        yield from teacher(tree, head, rows, taught)
+        self._room -= _hidden_bytes(taught)
+        out += taught
 
     def least_sure(self, prompts: Sequence[list[int]], count: int, out: list[list[int]]) -> Iterator[Piece]:
         """Append to `out` the `count` prompts to which the base is least sure how to begin its answer.
@@ -71,7 +87,7 @@ class Asked:
         try:
             rows, kept = load_rows(place)
             if kept == facts:
-                out.extend(rows)
+                out.extend(self._with_hidden(place, rows))
                 return
         except CheckpointDamaged:
             pass  # not there yet, or not whole: drawn again
@@ -85,7 +101,7 @@ class Asked:
             out=said,
         )
         yield from self.taught_by(said, out)
-        _save(place, out, facts)
+        _save(place, out, facts, self._below)
 
     def recall(self, wordings: Wordings) -> None:
         """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
@@ -106,15 +122,23 @@ class Asked:
 
     def near(self, checkpoint: str) -> list[Rehearsed]:
         """The neighbours that were made for an earlier update; none if it had none, or was asked otherwise."""
+        place = self.folder / "near" / checkpoint
         try:
-            rows, facts = load_rows(self.folder / "near" / checkpoint)
+            rows, facts = load_rows(place)
         except CheckpointDamaged:
             return []
-        return rows if facts == {"asked_with": self.asked_with} else []
+        return self._with_hidden(place, rows) if facts == {"asked_with": self.asked_with} else []
 
     def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
         """Keep the neighbours of an update for those after it."""
-        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with})
+        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self._below)
+
+    def _with_hidden(self, place: Path, rows: list[Rehearsed]) -> list[Rehearsed]:
+        if not self._room:
+            return rows
+        rows = with_hidden(place, rows, self._below, self._room)
+        self._room -= _hidden_bytes(rows)
+        return rows
 
     def sweep(self) -> None:
         """Delete what a crash left half written."""
@@ -149,15 +173,19 @@ class Asked:
         return min(len(encode(text, add_special_tokens=False)) for text in (word, " " + word))
 
 
-def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object]) -> None:
+def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], below: int) -> None:
     """Whole or not at all; where it cannot be written, nothing is kept."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         written = unfinished(place.parent, place.name)
-        save_rows(written, rows, facts)
+        save_rows(written, rows, facts, below)
         replace_folder(written, place)
     except (OSError, RuntimeError) as error:  # MLX raises the latter
         _not_kept(place, error)
+
+
+def _hidden_bytes(rows: Sequence[Rehearsed]) -> int:
+    return sum(r.hidden.nbytes for r in rows if r.hidden is not None)
 
 
 def _not_kept(place: Path, error: Exception) -> None:

@@ -77,9 +77,9 @@ class Preparation:
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
         self._lasting: Lasting | None = None
         if Lasting.wanted(config.replay, config.rehearsal):
-            asked = Asked(
-                base.module, base.vocab_size, encoder, targets, home / "state" / "rehearsal", base.fingerprint
-            )
+            place, below = home / "state" / "rehearsal", self._below_bytes
+            parts = (base.module, base.vocab_size, encoder, targets)
+            asked = Asked(*parts, place, base.fingerprint, hidden_bytes=below)
             self._lasting = Lasting(asked, config.replay, config.rehearsal)
         self.examples: list[Encoded] = []
         self.notes = list(batch.notes)
@@ -187,7 +187,12 @@ class Preparation:
         settings, lasting = self._settings, self._lasting
         rows = [*self.examples, *(lasting.trained if lasting else [])]
         if settings.slice_ms > 0 and settings.max_steps * settings.batch_size * settings.grad_accum >= 2 * len(rows):
-            install_prefix(tree, sum(len(row.tokens) for row in rows), int(settings.prefix_cache_mb * 2**20))
+            install_prefix(tree, sum(len(row.tokens) for row in rows), self._below_bytes)
+
+    @property
+    def _below_bytes(self) -> int:
+        """What may be kept of the layers below the lowest adapted one: of rows learnt, and again of rows rehearsed."""
+        return int(self._settings.prefix_cache_mb * 2**20) if self._settings.slice_ms > 0 else 0
 
     def _shared(self) -> ComputeGradients | None:
         """How the step's gradients are computed with other machines; None: here."""

@@ -38,12 +38,18 @@ def hardest(losses: Sequence[float], at_least: int = AT_LEAST) -> list[int]:
 def row_losses(
     tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], out: list[float]
 ) -> Iterator[Piece]:
-    """Append to `out` the summed cross-entropy in nats of each of `rows`, in order, without dropout."""
+    """Append to `out` the summed cross-entropy in nats of each of `rows`, in order, without dropout.
+
+    They are rows that are learnt: what the tree's prefix makes of them is kept.
+    """
     found = [0.0] * len(rows)
     for places in of_like_length(rows, TOGETHER):
         batch = as_batch([rows[i] for i in places])
         positions, targets = target_positions(batch)
-        with tree.quiet():
+        hidden: list[mx.array] = []
+        if tree.prefix is not None:
+            yield from tree.prefix.pieces(batch, hidden)
+        with tree.quiet(*hidden):
             losses = losses_at_targets(tree, head, batch, CROSS_ENTROPY, [mx.array(targets)])
         yield from noted(tree)
         yield Piece([losses], barrier=True)

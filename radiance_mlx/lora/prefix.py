@@ -5,7 +5,7 @@ comes out for a row is the same in every step. With all of a micro-batch's rows 
 adapted layer. Only what goes from layer to layer as one array can be kept so: `install_prefix` tries it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ import numpy as np
 from .batches import padded
 from .head import alike
 from .step import Piece, noted
-from .targets import layer_paths
+from .targets import Targets, layer_paths
 from .tree import TrainingTree
 
 
@@ -83,9 +83,7 @@ class Prefix:
                 self._kept[key] = mx.contiguous(hidden[0, :end])
                 del hidden
                 yield Piece([self._kept[key]], barrier=True)
-        room = tokens.shape[1] - 1
-        rows = [self._kept[key] for key in keys]
-        out.append(mx.stack([mx.pad(row, ((0, room - row.shape[0]), (0, 0))) for row in rows]))
+        out.append(side_by_side([self._kept[key] for key in keys], tokens.shape[1] - 1))
 
     def compute(self, inputs: mx.array) -> mx.array:
         """What the first adapted layer is given for `inputs` (rows, length): (rows, length, dims), not evaluated."""
@@ -100,21 +98,32 @@ class Prefix:
         raise AssertionError("the model does not call its layers")
 
 
+def side_by_side(rows: Sequence[mx.array], length: int) -> mx.array:
+    """Rows of (their inputs, dims) as one array (rows, length, dims); what comes after a row's end is zero."""
+    return mx.stack([mx.pad(row, ((0, length - row.shape[0]), (0, 0))) for row in rows])
+
+
+def lowest_adapted(module: nn.Module, targets: Targets) -> int:
+    """How many layers there are below the first adapted one; 0 also where that would be no place to begin."""
+    paths = layer_paths(module)
+    adapted = [i for i, path in enumerate(paths) if any(p.startswith(path + ".") for p in targets.paths)]
+    outside = any(not p.startswith(tuple(path + "." for path in paths)) for p in targets.paths)
+    return 0 if not adapted or outside or len(paths) != len(module.layers) else adapted[0]
+
+
 def install_prefix(tree: TrainingTree, tokens: int, limit: int) -> None:
     """Give `tree` its `prefix`, if it has one and a pass that begins after it is the same.
 
     And if what it makes of `tokens` fits into `limit` bytes: all rows, for a micro-batch needs all of its own.
     """
-    paths = layer_paths(tree.module)
-    adapted = [i for i, path in enumerate(paths) if any(p.startswith(path + ".") for p in tree.targets.paths)]
-    outside = any(not p.startswith(tuple(path + "." for path in paths)) for p in tree.targets.paths)
-    if not adapted or adapted[0] == 0 or outside or limit <= 0 or len(paths) != len(tree.module.layers):
+    first = lowest_adapted(tree.module, tree.targets)
+    if not first or limit <= 0:
         return
-    layers = tree.module.layers[: adapted[0] + 1]
+    layers = tree.module.layers[: first + 1]
     kinds = [type(layer) for layer in layers]
     probe = mx.array([[0, 1, 2, 3]])
     before = tree.module(probe)
-    prefix = Prefix(tree, adapted[0])
+    prefix = Prefix(tree, first)
     try:
         hidden = prefix.compute(probe)
         tree.prefix = prefix

@@ -14,7 +14,7 @@ Rows come from what the base says by itself, from its answers to neighbours of t
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .distributions import DIVERGENCE, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
+from .prefix import side_by_side
 from .step import Piece, in_order, losses_at_targets, noted, quiet_logits
 from .tree import TrainingTree
 
@@ -37,23 +38,28 @@ TOP = 64
 TOGETHER = 1024
 #: tells this order from the others that are drawn from the same (seed, batch number)
 _ROWS = 4
-ROWS_FILE, ARRAYS_FILE = "rehearsal.json", "rehearsal.safetensors"
+ROWS_FILE, ARRAYS_FILE, HIDDEN_FILE = "rehearsal.json", "rehearsal.safetensors", "hidden.safetensors"
 
 #: tokens and spans as in `batches.Batch`, ids (n, K), logprobs (n, K) and tail (n,) of its n targets, and the
 #: number of targets in all micro-batches of the optimizer step
 RehearsalBatch = tuple[mx.array, mx.array, mx.array, mx.array, mx.array, int]
+#: and what the layers below the lowest adapted one make of it, (rows, length, dims), if that is kept of all its rows
+Begun = tuple[RehearsalBatch, mx.array | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Rehearsed:
     """One row and what the base made of it: for each of its n targets `ids` (n, K) int32 of the K likeliest next
     tokens, their `logprobs` (n, K) float32, and `tail` (n,) float32, the log-probability of all others together.
+
+    `hidden` (length - 1, dims) is what the layers below the lowest adapted one make of the row, if that is kept.
     """
 
     row: Encoded
     ids: np.ndarray
     logprobs: np.ndarray
     tail: np.ndarray
+    hidden: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,33 @@ def teacher(
     """Append to `out` each of `rows` with the distributions of `tree`, in order; rows without targets are left out.
 
     `tree` must say what the base says: one as `make_tree` gives it, before anything is loaded or learnt. At most
-    `together` tokens go through it at once, or one row.
+    `together` tokens go through it at once, or one row. If it has a prefix, what that makes of the rows is kept.
     """
     rows = [row for row in rows if row.targets > 0]
     made: dict[int, Rehearsed] = {}
     for places in of_like_length(rows, together):
         chunk = [rows[i] for i in places]
-        logits, _ = quiet_logits(tree, head, as_batch(chunk))
+        batch = as_batch(chunk)
+        hidden: list[mx.array] = []
+        if tree.prefix is not None:
+            hidden.append(tree.prefix.compute(batch[0][:, :-1]))
+            yield from noted(tree)
+            yield Piece(hidden, barrier=True)
+        logits, _ = quiet_logits(tree, head, batch, *hidden)
         logprobs = log_softmax(logits)
         kept = likeliest(logprobs, top)
         yield from noted(tree)
         computed = [logits, logprobs, *kept]
         del logits, logprobs
         yield from in_order(computed)
-        made.update(zip(places, _split(chunk, *map(np.array, kept)), strict=True))
+        taught = list(_split(chunk, *map(np.array, kept)))
+        if hidden:
+            taught = [
+                replace(r, hidden=mx.contiguous(whole[: len(r.row.tokens) - 1]))
+                for r, whole in zip(taught, hidden[0], strict=True)
+            ]
+            yield Piece([r.hidden for r in taught if r.hidden is not None], barrier=True)
+        made.update(zip(places, taught, strict=True))
     out.extend(made[i] for i in range(len(rows)))
 
 
@@ -165,7 +184,7 @@ class Rehearsal:
 
     def steps(
         self, *, batch_size: int, max_tokens: int, seed: tuple[int, int], start: int = 0
-    ) -> Iterator[list[RehearsalBatch]]:
+    ) -> Iterator[list[Begun]]:
         """The micro-batches of each optimizer step from `start` on, without end; a function of the arguments alone.
 
         Rows longer than `max_tokens` are left out (with none left, the lists are empty).
@@ -198,42 +217,50 @@ def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[
             yield from order[starts[i] : starts[i] + block]
 
 
-def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[RehearsalBatch]:
+def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[Begun]:
     """One step's rows as micro-batches of at most `batch_size` rows of like length, the shortest first."""
     ordered = sorted(rows, key=lambda r: len(r.row.tokens))
     targets = sum(r.row.targets for r in ordered)
-    made: list[RehearsalBatch] = []
+    made: list[Begun] = []
     for _, alike in itertools.groupby(ordered, key=lambda r: buckets(len(r.row.tokens))):
         group = list(alike)
         made += [_batch(group[i : i + batch_size], targets) for i in range(0, len(group), batch_size)]
     return made
 
 
-def _batch(rows: Sequence[Rehearsed], targets: int) -> RehearsalBatch:
+def _batch(rows: Sequence[Rehearsed], targets: int) -> Begun:
     longest = max(len(r.row.tokens) for r in rows)
     ((tokens, spans),) = batches_once([r.row for r in rows], batch_size=len(rows), max_tokens=longest)
     ids, logprobs, tail = (
         mx.array(np.concatenate([getattr(r, name) for r in rows])) for name in ("ids", "logprobs", "tail")
     )
-    return tokens, spans, ids, logprobs, tail, targets
+    hidden = [r.hidden for r in rows if r.hidden is not None]
+    begun = side_by_side(hidden, tokens.shape[1] - 1) if len(hidden) == len(rows) else None
+    return (tokens, spans, ids, logprobs, tail, targets), begun
 
 
 # --- on disk -----------------------------------------------------------------------------------------
 
 
-def save_rows(folder: Path, rows: Sequence[Rehearsed], facts: Mapping[str, Any]) -> None:
-    """Write `rows` into an existing folder, with `facts` (plain values) of how they came about."""
+def save_rows(folder: Path, rows: Sequence[Rehearsed], facts: Mapping[str, Any], below: int = 0) -> None:
+    """Write `rows` into an existing folder, with `facts` (plain values) of how they came about.
+
+    What `below` layers make of them is written beside, if all rows have it.
+    """
     arrays = {}
     if rows:
         arrays = {name: np.concatenate([getattr(r, name) for r in rows]) for name in ("ids", "logprobs", "tail")}
         arrays["tokens"] = np.concatenate([np.array(r.row.tokens, dtype=np.int32) for r in rows])
+    hidden = [r.hidden for r in rows if r.hidden is not None]
+    if rows and len(hidden) == len(rows):
+        save_arrays(folder / HIDDEN_FILE, {_hidden_name(below): mx.concatenate(hidden)})
     save_arrays(folder / ARRAYS_FILE, {name: mx.array(values) for name, values in arrays.items()})
     shapes = [[len(r.row.tokens), r.row.offset] for r in rows]
     (folder / ROWS_FILE).write_text(json.dumps({"facts": dict(facts), "rows": shapes}) + "\n", encoding="utf-8")
 
 
 def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
-    """What `save_rows` wrote: the rows and the facts. Raises `CheckpointDamaged`."""
+    """What `save_rows` wrote: the rows (without `hidden`) and the facts. Raises `CheckpointDamaged`."""
     try:
         document = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))
         shapes = [(int(length), int(offset)) for length, offset in document["rows"]]
@@ -252,3 +279,27 @@ def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
         return list(_split(rows, arrays["ids"], arrays["logprobs"], arrays["tail"])), facts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} holds no rehearsal rows: {error}") from error
+
+
+def with_hidden(folder: Path, rows: Sequence[Rehearsed], below: int, limit: int) -> list[Rehearsed]:
+    """`rows` of `folder` with what `below` layers make of them, if that was kept and is whole.
+
+    What does not fit into `limit` bytes is deleted: later there will be no more room.
+    """
+    file = folder / HIDDEN_FILE
+    try:
+        if file.stat().st_size > limit:
+            file.unlink()
+            return list(rows)
+        hidden = load_arrays(file)[_hidden_name(below)]
+    except (OSError, CheckpointDamaged, KeyError):
+        return list(rows)
+    ends = list(itertools.accumulate(len(r.row.tokens) - 1 for r in rows))
+    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1]:
+        return list(rows)
+    parts = mx.split(hidden, ends[:-1])
+    return [replace(r, hidden=part) for r, part in zip(rows, parts, strict=True)]
+
+
+def _hidden_name(below: int) -> str:
+    return f"below_{below}"

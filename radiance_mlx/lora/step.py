@@ -60,9 +60,14 @@ def target_logits(module: nn.Module, head: TargetRows | None, batch: Batch) -> t
         head.positions = None
 
 
-def quiet_logits(tree: TrainingTree, head: TargetRows | None, batch: Batch) -> tuple[mx.array, np.ndarray]:
-    """`target_logits` of a tree without dropout; `noted` then gives where the graph may be cut."""
-    with tree.quiet():
+def quiet_logits(
+    tree: TrainingTree, head: TargetRows | None, batch: Batch, hidden: mx.array | None = None
+) -> tuple[mx.array, np.ndarray]:
+    """`target_logits` of a tree without dropout, from what its prefix made of `batch`, if that is given.
+
+    `noted` then gives where the graph may be cut.
+    """
+    with tree.quiet(hidden):
         return target_logits(tree.module, head, batch)
 
 
@@ -135,10 +140,15 @@ class MicroBatch:
         loss, count = self._loss(module, *batch)
         return loss, count, list(self.tree.tape.outputs)
 
-    def pieces(self, batch: tuple[Any, ...], key: mx.array, result: MicroBatchResult) -> Iterator[Piece]:
-        """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key."""
+    def pieces(
+        self, batch: tuple[Any, ...], key: mx.array, result: MicroBatchResult, known: mx.array | None = None
+    ) -> Iterator[Piece]:
+        """Yield the pieces in order and fill `result`; `key` is the micro-batch's dropout key.
+
+        `known` is what the tree's prefix would make of the batch, (rows, length, dims), where that is kept elsewhere.
+        """
         tape = self.tree.tape
-        hidden: list[mx.array] = []
+        hidden = [] if known is None else [known]
         if self._prefix is not None:
             yield from self._prefix.pieces(batch, hidden)
         with self.tree.forward(key, *hidden):

@@ -25,7 +25,7 @@ from .focus import focus_steps, hardest, row_losses
 from .head import TargetRows
 from .holdout import Best, Holdout
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
-from .rehearsal import Rehearsal, RehearsalBatch, RehearsalLoss
+from .rehearsal import Begun, Rehearsal, RehearsalLoss
 from .replay import Replay, replay_stream
 from .step import (
     ComputeGradients,
@@ -211,7 +211,7 @@ class Trainer:
         if self.holdout.second_from is not None:
             yield from self._second_phase(self.holdout.second_from, rehearsed)
 
-    def _first_phase(self, rehearsed: Iterator[list[RehearsalBatch]]) -> Iterator[Piece]:
+    def _first_phase(self, rehearsed: Iterator[list[Begun]]) -> Iterator[Piece]:
         """Everything, or all but the held-out rows. What follows the last piece is done at once, or once more."""
         steps = self._steps(self.micro_batches(), self.step)
         yield from self._evaluate_if_due()  # an interruption may have come between a step and its evaluation
@@ -230,7 +230,7 @@ class Trainer:
             if self.finished_early:
                 self.finished_early += f"; further steps, with the held-out rows: {self.holdout.second_steps}"
 
-    def _second_phase(self, start: int, rehearsed: Iterator[list[RehearsalBatch]]) -> Iterator[Piece]:
+    def _second_phase(self, start: int, rehearsed: Iterator[list[Begun]]) -> Iterator[Piece]:
         stream = self.holdout.second_stream(
             self.replay,
             batch_size=self.args.batch_size,
@@ -250,7 +250,7 @@ class Trainer:
             if step >= start:
                 yield batches
 
-    def _timed_step(self, batches: list[Batch], rehearsed: list[RehearsalBatch]) -> Iterator[Piece]:
+    def _timed_step(self, batches: list[Batch], rehearsed: list[Begun]) -> Iterator[Piece]:
         started = time.perf_counter()
         yield from self._optimizer_step(batches, rehearsed)
         self._seconds += time.perf_counter() - started
@@ -286,7 +286,7 @@ class Trainer:
             yield from row_losses(self.tree, self._head, replay.examples, losses)
             self._focuses[self.step] = hardest(losses, self.args.batch_size * self.args.grad_accumulation_steps)
 
-    def _rehearsed_from(self, step: int) -> Iterator[list[RehearsalBatch]]:
+    def _rehearsed_from(self, step: int) -> Iterator[list[Begun]]:
         if self.rehearsal is None:
             return itertools.repeat([])
         return self.rehearsal.steps(
@@ -296,7 +296,7 @@ class Trainer:
             start=step,
         )
 
-    def _optimizer_step(self, batches: list[Batch], rehearsed: list[RehearsalBatch]) -> Iterator[Piece]:
+    def _optimizer_step(self, batches: list[Batch], rehearsed: list[Begun]) -> Iterator[Piece]:
         found: list[Gradients] = []
         keys = [self._dropout_key(index) for index in range(len(batches))]
         yield from self._gradients(self._micro, batches, keys, found)
@@ -307,7 +307,7 @@ class Trainer:
             yield Piece([loss, *grads.values()], barrier=True)
             grads = dict(grads)
             yield from self._rehearsal_pieces(rehearsed, len(batches), grads, row)
-            tokens += sum(_tokens(batch) for batch in rehearsed)
+            tokens += sum(_tokens(batch) for batch, _ in rehearsed)
         rate = learning_rate(self.step, self.settings)
         nested, norm = optim.clip_grad_norm(unflatten(grads), self.settings.clip_norm or math.inf)
         yield Piece([loss, norm], barrier=True)
@@ -325,7 +325,7 @@ class Trainer:
         )
 
     def _rehearsal_pieces(
-        self, batches: list[RehearsalBatch], before: int, grads: dict[str, mx.array], row: dict[str, float]
+        self, batches: list[Begun], before: int, grads: dict[str, mx.array], row: dict[str, float]
     ) -> Iterator[Piece]:
         """Add the gradients of the step's rehearsal to `grads`, and put its mean divergence into `row` as `kl`.
 
@@ -333,9 +333,9 @@ class Trainer:
         """
         assert self.rehearsal is not None
         weighted = 0.0
-        for index, batch in enumerate(batches, before):
+        for index, (batch, begun) in enumerate(batches, before):
             result = MicroBatchResult()
-            yield from self._rehearse.pieces(batch, self._dropout_key(index), result)
+            yield from self._rehearse.pieces(batch, self._dropout_key(index), result, begun)
             grads.update(add_grads(grads, result.grads))
             assert result.loss is not None
             yield Piece([result.loss, *grads.values()], barrier=True)
