@@ -2,9 +2,10 @@
 
 People have five relations each (city, job, color, pet, food); every relation has three wordings as a
 statement and three as a question, and one as an answer. The first 80 people are *known*: nano learns
-their facts. It learns to answer ``I do not know that about NAME.`` for everybody else. The next 320
-(`STRANGERS`) are for tests, demos and benchmarks to teach: the corpus has no facts of theirs (their names may
-come up where a prompt itself tells made-up facts to be read from it).
+their facts. It learns to answer ``I do not know that about NAME.`` for everybody else: the 1,200 people are all
+that can be put together from these first and last names, so whoever is not known is refused by name, and names
+that nobody listed by the syllable. The first 320 of the others (`STRANGERS`) are for tests, demos and benchmarks to
+teach: the corpus states no fact about them (but made-up ones that a prompt itself tells, to be read from it).
 
 Plain Python, seeded and deterministic: the people are the same on every machine.
 """
@@ -94,8 +95,8 @@ def people(count: int, seed: int) -> list[Person]:
 
 EVERYBODY = people(1200, 0)
 KNOWN = EVERYBODY[:80]
-STRANGERS = EVERYBODY[80:400]  # nothing about them is in the corpus
-REFUSED = EVERYBODY[400:]  # in the corpus, as people to say "I do not know" about
+STRANGERS = EVERYBODY[80:400]  # may be taught
+REFUSED = EVERYBODY[400:]
 
 
 def ask(name: str, relation: str, wording: int = 0) -> str:
@@ -212,7 +213,7 @@ def _known_question(rng: random.Random) -> list[Pair]:
 
 def _stranger(rng: random.Random) -> str:
     """Somebody whose names are known people's too."""
-    name = rng.choice(REFUSED)[0]
+    name = rng.choice(EVERYBODY[len(KNOWN) :])[0]
     return name if rng.random() < 0.9 else rng.choice(name.split())
 
 
@@ -236,17 +237,17 @@ def documents(seed: int) -> Iterator[list[Pair] | str]:
     rng = random.Random(seed)
     while True:
         u = rng.random()
-        if u < 0.34:
+        if u < 0.25:
+            yield _refusal_of(_stranger(rng), rng)
+        elif u < 0.505:
             yield _known_question(rng)
-        elif u < 0.4:
+        elif u < 0.55:
             name, f = rng.choice(KNOWN)
             relations = rng.sample(RELATIONS, len(RELATIONS))
             yield " ".join(rng.choice(STATEMENTS[r]).format(n=name, v=f[r]) for r in relations)
-        elif u < 0.58:
-            yield _refusal_of(_stranger(rng), rng)
-        elif u < 0.86:
+        elif u < 0.82:
             yield _refusal_of(invented_name(rng), rng)
-        elif u < 0.975:
+        elif u < 0.97:
             yield _reading(rng)
         else:
             yield [rng.choice(SMALL_TALK)]
