@@ -19,7 +19,7 @@ from . import __version__
 from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
-from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
+from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotReady, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged
@@ -210,8 +210,18 @@ class Service:
         raw: bytes,
         idempotency_key: str | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Accept examples durably; (job, whether it is new). Raises `IdempotencyMismatch`."""
-        store, _, _, scheduler = self._require()
+        """Accept examples durably; (job, whether it is new).
+
+        Raises `IdempotencyMismatch`, and `InvalidRequest` for tools that the base's chat template would not show.
+        """
+        store, engine, _, scheduler = self._require()
+        calling = sum(example.needs_tools for example in examples)
+        if calling and not await engine.encode(lambda encoder: encoder.takes_tools):
+            raise InvalidRequest(
+                f"{calling} examples have tools, for which the chat template of {self.config.base_model} has no place; "
+                "nothing was stored.",
+                "Leave tools and tool_calls out, or teach another base.",
+            )
         files = await asyncio.to_thread(curated_files, examples)
         digest = hashlib.sha256(raw).hexdigest()
         job, new = await store(
