@@ -16,6 +16,8 @@ def settings(
     base_url: str | None, api_key: str | None, timeout: float, home: Path | None, config_file: Path | None
 ) -> tuple[str, str, dict[str, Any]]:
     """(address, what to do if nobody is there, httpx's arguments). Raises `ConfigError`."""
+    if base_url is not None:
+        base_url = tidy_url(base_url)
     service = locate(base_url, home=home, config_file=config_file, token=api_key)
     url = tidy_url(service.url)
     arguments = {
