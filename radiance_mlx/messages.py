@@ -81,7 +81,8 @@ class Example:
         """
         if not self.messages:
             return {"text": self.text}
-        if self.plain and not self.answer_only and [role for role, _ in self.messages] == ["user", "assistant"]:
+        pair = self.plain and not self.answer_only and [role for role, _ in self.messages] == ["user", "assistant"]
+        if pair and all(content for _, content in self.messages):
             return {"prompt": self.messages[0][1], "completion": self.messages[1][1]}
         return self.as_messages()
 

@@ -122,6 +122,8 @@ def test_functions_of_older_clients_are_tools() -> None:
     assert len(understand(row).examples) == 2
 
 
+#: too deep, half a surrogate pair, no number: as JSON in a text
+D, H, N = '{"a":' * 100 + "1" + "}" * 100, '{"a": "\\ud800"}', '{"a": NaN}'
 BAD = [
     (7, "an object"),
     (None, "an object"),
@@ -157,6 +159,16 @@ BAD = [
     (
         {"messages": [ASKED, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "arguments: is no JSON",
+    ),
+    (
+        {"messages": [ASKED, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": D}}]}]},
+        "nested|recursion",
+    ),
+    ({"messages": [ASKED, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": H}}]}]}, "surrogate"),
+    ({"messages": [ASKED, {**CALLING, "tool_calls": [{"function": {"name": "f", "arguments": N}}]}]}, "nan is no JSON"),
+    (
+        {"messages": [ASKED, ANSWER], "tools": [{"function": {"name": "f", "parameters": {"a": [float("nan")]}}}]},
+        "is no JSON|nan",
     ),
     ({"messages": [ASKED, ANSWER], "tools": [{"type": "web_search"}]}, "tools.0: a tool is"),
     ({"conversations": [{"from": "alien", "value": "q"}, {"from": "gpt", "value": "a"}]}, "'alien' is none of"),

@@ -3,7 +3,6 @@
 The same models validate rows from everywhere and describe `POST /update` in `/openapi.json`.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,7 +10,7 @@ from pydantic import AliasChoices, Field, ValidationError, model_validator
 
 from ..errors import InvalidRequest
 from ..messages import Example
-from .turns import Strict, TaughtMessage, Text, Tools, Turn, examples_of
+from .turns import Strict, TaughtMessage, Text, Tools, Turn, check, examples_of, parsed_json
 
 SHAPES = (
     "{messages}, with tools or not, {input, output}, {prompt, completion}, {instruction, input, output}, "
@@ -55,14 +54,9 @@ class Chat(Strict):
     functions: Tools | None = None
     parallel_tool_calls: bool | None = None
 
-    @model_validator(mode="after")
-    def _can_be_learnt(self) -> "Chat":
+    def examples(self, every_answer: bool | None) -> list[Example]:
         if self.tools and self.functions:
             raise ValueError("give either tools or functions")
-        self.examples(None)
-        return self
-
-    def examples(self, every_answer: bool | None) -> list[Example]:
         turns = [message.turn() for message in self.messages]
         return examples_of(turns, self.tools or self.functions, bool(every_answer))
 
@@ -115,7 +109,7 @@ class Said(Strict):
         role = SPEAKERS[self.speaker]
         if role != "function_call":
             return Turn(role, self.value, weight=self.weight)
-        called = json.loads(self.value) if self.value.strip()[:1] == "{" else None
+        called = parsed_json(self.value)
         if not isinstance(called, dict) or not isinstance(called.get("name"), str):
             raise ValueError("a function_call's value must be JSON: {name, arguments}")
         calls = TaughtMessage.model_validate({"role": "assistant", "function_call": called})
@@ -131,11 +125,6 @@ class Conversation(Strict):
     id: str | int | None = None
     system: str | None = None
     tools: Tools | None = None
-
-    @model_validator(mode="after")
-    def _can_be_learnt(self) -> "Conversation":
-        self.examples(None)
-        return self
 
     def examples(self, every_answer: bool | None) -> list[Example]:
         turns = [said.turn() for said in self.conversations]
@@ -181,6 +170,10 @@ def understand(row: Any, *, every_answer: bool | None = None) -> Understood:
     """
     if not isinstance(row, dict):
         raise InvalidRequest(f"an example must be an object, not {_kind(row)}")
+    try:
+        check(row)
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from None
     if other := next((why for key, why in OTHERS.items() if key in row), None):
         raise InvalidRequest(other)
     key = next((key for key in FORMS if key in row), None)

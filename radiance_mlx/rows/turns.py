@@ -4,6 +4,7 @@ What of a message cannot be learnt is refused by its name. What older clients ca
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from ..messages import Example, json_of
 
 Text = Annotated[str, Field(min_length=1)]
+#: levels of what tools and their calls may hold
+DEEPEST = 64
 #: what other programs call the roles
 ROLES = {"developer": "system", "function": "tool"}
 
@@ -67,13 +70,43 @@ Content = Annotated[
 
 
 def _json(value: Any) -> Any:
-    """What stands in a text as JSON."""
-    if not isinstance(value, str):
-        return value
+    """What stands in a text as JSON; else the value itself."""
+    if isinstance(value, str):
+        value = parsed_json(value)
+        check(value)
+    return value
+
+
+def parsed_json(text: str) -> Any:
+    """Raises `ValueError`."""
     try:
-        return json.loads(value)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON: {error}") from None
+
+
+def check(value: Any, place: str = "", levels: int = DEEPEST) -> None:
+    """It is stored, sent on and rendered: none of these must stumble. Raises `ValueError` that names the place."""
+    problem = ""
+    if levels < 0:
+        problem = f"is nested more than {DEEPEST} levels deep"
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            check(key, place or "a key")
+            check(inner, f"{place}.{key}" if place else str(key), levels - 1)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            check(inner, f"{place}.{i}" if place else str(i), levels - 1)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            problem = "holds half a surrogate pair, which is no text"
+    elif isinstance(value, float) and not math.isfinite(value):
+        problem = f"{value} is no JSON"
+    if problem:
+        place = place.encode(errors="replace").decode()
+        raise ValueError(f"{place}: {problem}" if place else problem)
 
 
 Object = Annotated[dict[str, Any], BeforeValidator(_json), WithJsonSchema({"type": ["object", "string"]})]
