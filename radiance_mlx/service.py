@@ -216,7 +216,7 @@ class Service:
         """
         store, engine, _, scheduler = self._require()
         calling = sum(example.needs_tools for example in examples)
-        if calling and not await engine.encode(lambda encoder: encoder.takes_tools):
+        if calling and not await engine.encode(lambda encoder: encoder.shows_tools):
             raise InvalidRequest(
                 f"{calling} examples have tools, for which the chat template of {self.config.base_model} has no place; "
                 "nothing was stored.",

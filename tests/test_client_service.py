@@ -178,27 +178,33 @@ def test_tools_that_the_base_cannot_show_are_refused_and_nothing_is_stored(url: 
         assert client.jobs(limit=1).jobs == before
 
 
-def active(service: Running) -> int:
-    return int(service.engine(lambda engine: engine.status())["active"])
+def drawing(service: Running) -> Any:
+    """The one answer that is being generated, or None; `drawn` of it are its tokens so far."""
+    return service.engine(lambda engine: next(iter(engine._decoder._active.values()), None))
 
 
 def test_closing_a_stream_ends_its_generation(service: tuple[Running, str]) -> None:
+    """Long before its 490 tokens are there."""
     endless = {"max_tokens": 490, "temperature": 8, "seed": 3}
     with Client(service[1]) as client:
         with client.search_stream("Hello!", **endless) as stream:
             next(iter(stream))
-            until(lambda: active(service[0]) == 1)
-        until(lambda: active(service[0]) == 0)
+            drawn = until(lambda: drawing(service[0]))
+        until(lambda: drawing(service[0]) is None)
+        assert drawn.drawn < 490
         with pytest.raises(RadianceError, match="not complete"):
             _ = stream.result
 
-    async def closed() -> None:
-        async with AsyncClient(service[1]) as client, client.search_stream("Hello!", **endless) as stream:
-            async for _ in stream:
-                break
+    async def closed() -> Any:
+        async with AsyncClient(service[1]) as client:
+            async with client.search_stream("Hello!", **endless) as stream:
+                async for _ in stream:
+                    break
+                drawn = until(lambda: drawing(service[0]))
+            until(lambda: drawing(service[0]) is None)
+            return drawn
 
-    asyncio.run(closed())
-    until(lambda: active(service[0]) == 0)
+    assert asyncio.run(closed()).drawn < 490
 
 
 def test_one_client_serves_many_threads_and_many_tasks(url: str) -> None:

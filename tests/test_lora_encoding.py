@@ -201,8 +201,8 @@ def test_tools_and_calls_reach_the_template_in_their_own_order():
 def test_a_template_that_shows_no_tools_refuses_them(template):
     """Rather than to teach something else in silence; calls without a list of tools, too."""
     chat = encoder(template)
-    assert not chat.takes_tools
-    assert encoder(WITH_TOOLS).takes_tools
+    assert not chat.shows_tools
+    assert encoder(WITH_TOOLS).shows_tools
     for example in (*understood(TOOL_CHAT), *understood(TOOL_CHAT, tools=None)):
         with pytest.raises(InvalidRequest, match="no place for tools"):
             chat.example(example)

@@ -62,7 +62,7 @@ class ChatEncoder:
         if not example.messages:
             tokens = self._ended(list(self.tokenizer.encode(example.text[:room])))
             return Encoded(tuple(tokens[:max_tokens]), 0, max(0, len(tokens) - max_tokens))
-        if example.needs_tools and not self.takes_tools:
+        if example.needs_tools and not self.shows_tools:
             raise InvalidRequest(
                 "The model's chat template has no place for tools.", "Leave them out, or change the base."
             )
@@ -77,7 +77,7 @@ class ChatEncoder:
         return Encoded((*kept_prompt, *kept_answer), offset, cut)
 
     @cached_property
-    def takes_tools(self) -> bool:
+    def shows_tools(self) -> bool:
         """Whether the chat template shows the tools that it is given."""
         if not self.tokenizer.has_chat_template:
             return False
