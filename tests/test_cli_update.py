@@ -156,6 +156,7 @@ def test_bad_rows_keep_everything_back_unless_they_are_skipped(
     assert [fault.partition(":")[0] for fault in body["error"]["details"]] == ["line 2", "line 3"]
     code, queued = call(file, "--skip-bad")
     assert [e.text for e in stored(service, queued["job_id"])] == ["a", "b"]
+    assert [skipped["place"] for skipped in queued["skipped"]] == ["line 2", "line 3"]
 
 
 def test_tables_from_stdin_are_mapped(

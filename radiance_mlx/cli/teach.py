@@ -1,19 +1,37 @@
 """`update`: hand in examples to learn from, and wait for the new checkpoint if asked."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..rows import SHAPES
 from ..rows.columns import parse_map
-from ..rows.intake import Intake, Taken
+from ..rows.intake import Intake, Refused, Taken
 from . import output
 from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples
 from .parts import Spool, send
 from .preview import preview
 from .sources import SHOWN_FAULTS, bad_rows, source_of_dataset, source_of_file, source_of_pairs, told_as_bad_input
+from .teach_options import (
+    Answers,
+    Columns,
+    Dataset,
+    DryRun,
+    Encoding,
+    File,
+    Format,
+    Inputs,
+    Key,
+    Limit,
+    Outputs,
+    SkipBad,
+    Split,
+    Tags,
+    Wait,
+    WhichAnswers,
+)
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -28,70 +46,27 @@ EXAMPLES = examples(
 )
 
 
-class Kind(StrEnum):
-    """Formats of files."""
-
-    jsonl = "jsonl"
-    json = "json"
-    csv = "csv"
-    tsv = "tsv"
-
-
-class Answers(StrEnum):
-    """What of a chat is learnt."""
-
-    last = "last"
-    all = "all"
-
-
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command(epilog=EXAMPLES)(update)
 
 
 def update(
-    file: Annotated[
-        str | None,
-        typer.Argument(
-            help="JSONL, JSON, CSV or TSV; - is stdin. Each row is a chat ({messages}, OpenAI's or mlx-lm's), "
-            "{input, output}, {prompt, completion}, Alpaca, ShareGPT or {text}.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="What is asked; goes with one --output.")] = None,
-    outputs: Annotated[list[str] | None, typer.Option("--output", help="The answer to learn for that --input.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="A data set: hub name, folder or file.", metavar="NAME", show_default=False)
-    ] = None,
-    split: Annotated[str, typer.Option(help="Of the data set; also as train[:100].")] = "train",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--map", help="What columns hold: input=question,output=answer.", metavar="KEY=COLUMN,…", show_default=False
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many rows.", show_default=False)] = None,
-    answers: Annotated[
-        Answers | None,
-        typer.Option(help="What of a chat without weights is learnt. Else last; all for ShareGPT.", show_default=False),
-    ] = None,
-    kind: Annotated[
-        Kind | None, typer.Option("--format", help="Of the file. Else what its name says.", show_default=False)
-    ] = None,
-    encoding: Annotated[str, typer.Option(help="Of the file.")] = "utf-8",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out; else nothing is sent.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show how rows are understood, and their tokens; send nothing.")
-    ] = False,
-    tag: Annotated[list[str] | None, typer.Option(help="A label for the job; repeatable.")] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Sending the same key again makes no second job.", show_default=False)
-    ] = None,
-    wait: Annotated[
-        bool,
-        typer.Option("--wait", help="Show the training and wait for its end (exit code 4 if it is not published)."),
-    ] = False,
+    file: File = None,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    columns: Columns = None,
+    limit: Limit = None,
+    answers: WhichAnswers = None,
+    kind: Format = None,
+    encoding: Encoding = "utf-8",
+    skip_bad: SkipBad = False,
+    dry_run: DryRun = False,
+    tag: Tags = None,
+    idempotency_key: Key = None,
+    wait: Wait = False,
     as_json: AsJson = False,
     url: Url = None,
     home: Home = None,
@@ -121,7 +96,14 @@ def update(
             _take(intake, spool, skip_bad, as_json)
         tags = [*(t for source in sources for t in source.tags), *(tag or [])]
         with client_for(url, home, config, token) as client:
-            return _send_all(client, spool, tags, idempotency_key, wait, as_json)
+            accepted = _send_all(client, spool, tags, idempotency_key, quiet=as_json or wait)
+            ended = [follow_job(client, answer["job_id"], quiet=as_json) for answer in accepted] if wait else []
+        if as_json:
+            output.print_json(_summary(accepted, ended, [r for intake in intakes for r in intake.refused]))
+        else:
+            for job in ended:
+                _show_end(job, job["state"] == "published")
+        return output.OK if all(job["state"] == "published" for job in ended) else output.NOT_PUBLISHED
 
 
 def _take(intake: Intake, spool: Spool, skip_bad: bool, quiet: bool) -> None:
@@ -157,32 +139,30 @@ def _remarks(intake: Intake) -> list[str]:
     return said
 
 
-def _send_all(client: "Client", spool: Spool, tags: list[str], key: str | None, wait: bool, as_json: bool) -> int:
-    """Post, show what was accepted, and wait for the jobs if wanted; of several the worst exit code counts."""
+def _send_all(client: "Client", spool: Spool, tags: list[str], key: str | None, *, quiet: bool) -> list[dict[str, Any]]:
+    """The service's answers to all parts; parts are shown as they are accepted, even to who waits for their end."""
     answers = []
     for answer in send(client, spool, tags, key):
         answers.append(answer)
-        if not as_json and not (wait and answer["of"] == 1):
+        if not quiet:
             _show_queued(answer)
-    jobs = [str(answer["job_id"]) for answer in answers]
-    if wait and len(jobs) == 1:
-        return follow_to_the_end(client, jobs[0], as_json)
-    ended = [follow_job(client, job_id, quiet=as_json) for job_id in jobs] if wait else []
-    if as_json:
-        output.print_json(_summary(answers, ended))
-    else:
-        for job in ended:
-            _show_end(job, job["state"] == "published")
-    return output.OK if all(job["state"] == "published" for job in ended) else output.NOT_PUBLISHED
+        elif answer["of"] > 1:
+            output.remark(f"part {answer['part']} of {answer['of']}: {answer['job_id']}")
+    return answers
 
 
-def _summary(answers: list[dict[str, Any]], ended: list[dict[str, Any]]) -> dict[str, Any]:
-    """One update as the service answers it; of several the last one's, and all their jobs."""
+def _summary(answers: list[dict[str, Any]], ended: list[dict[str, Any]], refused: Sequence[Refused]) -> dict[str, Any]:
+    """One update as the service answers it, or its job that has ended; of several the last one's, and all their jobs.
+
+    Rows that were skipped are told.
+    """
+    skipped = {"skipped": [{"place": one.place, "problem": one.problem} for one in refused]} if refused else {}
     last = {key: value for key, value in answers[-1].items() if key not in ("part", "of")}
     if len(answers) == 1:
-        return {key: value for key, value in last.items() if key != "examples"}
+        return {**(ended[0] if ended else {k: v for k, v in last.items() if k != "examples"}), **skipped}
     jobs = ended or [{key: answer[key] for key in ("job_id", "queued", "examples")} for answer in answers]
-    return {**last, "examples": sum(answer["examples"] for answer in answers), "parts": len(answers), "jobs": jobs}
+    examples = sum(answer["examples"] for answer in answers)
+    return {**last, "examples": examples, "parts": len(answers), "jobs": jobs, **skipped}
 
 
 def _show_queued(queued: dict[str, Any]) -> None:

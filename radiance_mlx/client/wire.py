@@ -150,7 +150,7 @@ class EventReader:
                 if text == "[DONE]":
                     self.done = True
                     return
-                event = json.loads(text)
+                event = _event(text)
                 if "error" in event:
                     raise error_from(event["error"], 500)
                 yield event
@@ -159,6 +159,18 @@ class EventReader:
         """No more comes. Raises `ServiceUnreachable` if there was no `[DONE]`."""
         if not self.done:
             raise ServiceUnreachable("The service closed the stream before the answer was complete.")
+
+
+def _event(text: str) -> Json:
+    try:
+        event = json.loads(text)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        error = RadianceError("An event of the stream is no JSON object.", "Another program may answer there.")
+        error.code = "bad_answer"
+        raise error
+    return event
 
 
 def fault_of(error: httpx.HTTPError, url: str, hint: str) -> RadianceError:

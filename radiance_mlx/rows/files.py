@@ -8,13 +8,13 @@ import codecs
 import csv
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from ..errors import InvalidRequest
-from .forms import FORMS
+from .forms import FORMS, Understood, understand
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 FIELD_LIMIT = 2**27  # characters of one field of a table
@@ -45,6 +45,18 @@ class Source:
     columns: list[str] | None = None
     tags: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    narrow: Callable[[list[str]], Iterator[Row]] | None = None  # the rows with these columns only
+
+
+def understand_line(line: bytes, *, every_answer: bool | None = None) -> Understood:
+    """One line of JSONL, as it stands in the file. Raises `InvalidRequest` as `understand` does."""
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(_not_json(error)) from None
+    return understand(value, every_answer=every_answer)
 
 
 def kind_of(name: str) -> str:

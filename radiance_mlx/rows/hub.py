@@ -7,7 +7,7 @@ made earlier is read without asking.
 
 import glob
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,12 +142,17 @@ def source_of(dataset: str, split: str) -> Source:
     asking = Asking()
     with reading(dataset, asking):
         table = open_split(dataset, split, asking)
-        labels = {name: feature for name, feature in table.features.items() if hasattr(feature, "int2str")}
-        rows = _rows(table, labels)
-    return Source(f"{dataset} ({split})", "dataset", rows, columns=list(table.column_names))
+
+    def narrow(columns: list[str]) -> Iterator[Row]:
+        with reading(dataset, asking):
+            yield from _rows(table.select_columns(columns))  # images and sounds beside the text are not decoded
+
+    names = list(table.column_names)
+    return Source(f"{dataset} ({split})", "dataset", narrow(names), columns=names, narrow=narrow)
 
 
-def _rows(table: Any, labels: Mapping[str, Any]) -> Iterator[Row]:
+def _rows(table: Any) -> Iterator[Row]:
+    labels = {name: feature for name, feature in table.features.items() if hasattr(feature, "int2str")}
     for number, row in enumerate(table):
         named = {name: labels[name].int2str(row[name]) for name in labels if row[name] not in (None, -1)}
         yield Row(f"row {number}", {**row, **named})

@@ -52,6 +52,8 @@ class Intake:
         if source.columns is not None:
             self.columns = columns or find_map(source.columns)
             self._check(self.columns, source.columns)
+            if source.narrow is not None:
+                source.rows = source.narrow([c for c in source.columns if c not in self.left_out])
         self.formats: Counter[str] = Counter()
         self.refused: list[Refused] = []
         self.rows = self.examples = 0
