@@ -53,8 +53,9 @@ def _encoder(
         flags = {}
         with suppress(RadianceError), connected() as client:
             facts = client.info()
-            length = (facts.config.get("training") or {}).get("max_seq_length")
-            flags = {"base_model": facts.base_model, **({"training.max_seq_length": length} if length else {})}
+            training = facts.config.get("training") or {}
+            names = [name for name in ("max_seq_length", "mask_prompt") if name in training]
+            flags = {"base_model": facts.base_model, **{f"training.{name}": training[name] for name in names}}
         settings = load_config(config_file=config, home=home, flags=flags).config
         from ..offline import encoder
 

@@ -14,9 +14,9 @@ from ..errors import InvalidRequest
 from ..messages import Example
 
 Messages = Sequence[tuple[str, str]]
-#: messages, and the tools that they may call, as a chat template takes them
+#: messages, and the functions that they may call, as a chat template takes them
 Chat = list[dict[str, Any]]
-Tools = list[dict[str, Any]] | None
+Functions = list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,37 +92,37 @@ class ChatEncoder:
             return False
         return name in said
 
-    def _split(self, chat: Chat, tools: Tools) -> tuple[list[int], list[int]]:
+    def _split(self, chat: Chat, functions: Functions) -> tuple[list[int], list[int]]:
         if not self.tokenizer.has_chat_template:
             prompt = self.prompt([(message["role"], message["content"]) for message in chat[:-1]])
             answer = list(self.tokenizer.encode(chat[-1]["content"], add_special_tokens=False))
             return prompt, self._ended(answer)
-        prompt = self._render(chat[:-1], tools, add_generation_prompt=True)
-        whole = self._render(chat, tools, add_generation_prompt=False)
+        prompt = self._render(chat[:-1], functions, add_generation_prompt=True)
+        whole = self._render(chat, functions, add_generation_prompt=False)
         both = zip(prompt, whole, strict=False)
         shared = next((i for i, (p, w) in enumerate(both) if p != w), min(len(prompt), len(whole)))
-        if shared < len(prompt) and (rest := self._rest_of_text(chat, tools)) is not None:
+        if shared < len(prompt) and (rest := self._rest_of_text(chat, functions)) is not None:
             return prompt, rest
         # a template that renders the last turn otherwise than it prompts for it: what differs is learnt
         return whole[:shared], whole[shared:]
 
-    def _rest_of_text(self, chat: Chat, tools: Tools) -> list[int] | None:
+    def _rest_of_text(self, chat: Chat, functions: Functions) -> list[int] | None:
         """What follows the prompt's text, as tokens of its own; None if the whole does not begin with it.
 
         A prompt may end within what becomes one token of the whole (an opened thought and its line break):
         the example is then learnt after the very tokens that will be asked.
         """
-        prompt = self._apply(chat[:-1], tools, add_generation_prompt=True, tokenize=False)
-        whole = self._apply(chat, tools, add_generation_prompt=False, tokenize=False)
+        prompt = self._apply(chat[:-1], functions, add_generation_prompt=True, tokenize=False)
+        whole = self._apply(chat, functions, add_generation_prompt=False, tokenize=False)
         if not whole.startswith(prompt):
             return None
         return list(self.tokenizer.encode(whole[len(prompt) :], add_special_tokens=False))
 
-    def _render(self, chat: Chat, tools: Tools, *, add_generation_prompt: bool) -> list[int]:
-        return list(self._apply(chat, tools, add_generation_prompt=add_generation_prompt, tokenize=True))
+    def _render(self, chat: Chat, functions: Functions, *, add_generation_prompt: bool) -> list[int]:
+        return list(self._apply(chat, functions, add_generation_prompt=add_generation_prompt, tokenize=True))
 
-    def _apply(self, chat: Chat, tools: Tools, *, add_generation_prompt: bool, tokenize: bool) -> Any:
-        args = {**self.template_args, **({"tools": tools} if tools else {})}
+    def _apply(self, chat: Chat, functions: Functions, *, add_generation_prompt: bool, tokenize: bool) -> Any:
+        args = {**self.template_args, **({"tools": functions} if functions else {})}
         try:
             return self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **args
