@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +16,14 @@ import pytest
 from running import FACTS, QUICK, Running, http, running, until
 
 from radiance_mlx import AsyncClient, Client, RadianceError, Retry, errors
+from radiance_mlx.config.bases import NANO_FOLDER
 
+WITH_TOOLS = (
+    "<|im_start|>{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.role }}: {% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
+    "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
+)
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 ROWS = [{"input": question, "output": answer} for question, answer in FACTS]
 
@@ -176,6 +185,29 @@ def test_tools_that_the_base_cannot_show_are_refused_and_nothing_is_stored(url: 
         with pytest.raises(errors.InvalidRequest, match="no place"):
             client.update([{"messages": chat, "tools": [tool]}])
         assert client.jobs(limit=1).jobs == before
+
+
+def test_a_base_that_shows_tools_is_taught_calls_of_them(tmp_path: Path) -> None:
+    """nano with another chat template: what is learnt is the call, and mlx-lm's row has it all."""
+    base = tmp_path / "base"
+    shutil.copytree(NANO_FOLDER, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = WITH_TOOLS
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"b": {}, "a": {}}}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"b": 4, "a": 3}}}
+    chat = [{"role": "user", "content": "3 + 4?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with served(tmp_path / "home", base_model=str(base)) as (service, url), Client(url) as client:
+        done = client.update([{"messages": chat, "tools": [tool]}], wait=True)
+        assert done.job is not None
+        assert done.job.require_published().example_count == 1
+        trained = (service.home / "data" / "curated" / done.job_id / "train.jsonl").read_text()
+        assert json.loads(trained) == {"messages": [chat[0], {**chat[1], "content": ""}], "tools": [tool]}
+        (example,) = (e for _, e in service.store(lambda s: s.examples_of([done.job_id])))
+        tokens = service.engine(lambda engine: engine._encoder.example(example).tokens)
+        said = service.engine(lambda engine: engine._encoder.tokenizer.decode(list(tokens)))
+        assert said == f'<|im_start|>{json.dumps([tool])}user: 3 + 4?add({{"b": 4, "a": 3}})<|im_end|>'
 
 
 def drawing(service: Running) -> Any:

@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 
 def preview(
-    intakes: Sequence[Intake], connected: "Callable[[], Client]", home: Path | None, config: Path | None, as_json: bool
+    intakes: Sequence[Intake],
+    connected: "Callable[[], Client]",
+    home: Path | None,
+    config: Path | None,
+    *,
+    skip_bad: bool,
+    as_json: bool,
 ) -> int:
-    """Look at every row and show what came of it; exit code 2 if a row would be refused, or none is there."""
+    """Look at every row and show what came of it; the exit code is 2 if nothing would be sent."""
     settings, encoder, why = _encoder(connected, home, config)
     previews = []
     for intake in intakes:
@@ -38,7 +44,7 @@ def preview(
     else:
         for shown in previews:
             _show(shown.as_dict())
-    sound = all(intake.examples and not intake.refused for intake in intakes)
+    sound = all(intake.examples and (skip_bad or not intake.refused) for intake in intakes)
     return output.OK if sound else output.USAGE
 
 

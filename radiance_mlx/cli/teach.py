@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -90,7 +91,8 @@ def update(
         intakes = [Intake(source, mapped, every_answer=every, limit=limit) for source in sources]
         intakes += [Intake(source) for source in pairs]
         if dry_run:
-            return preview(intakes, lambda: client_for(url, home, config, token), home, config, as_json)
+            connected = partial(client_for, url, home, config, token)
+            return preview(intakes, connected, home, config, skip_bad=skip_bad, as_json=as_json)
         spool = stack.enter_context(Spool())
         for intake in intakes:
             _take(intake, spool, skip_bad, as_json)
