@@ -16,6 +16,7 @@ from radiance_mlx.rows import understand
 from radiance_mlx.rows.columns import find_map, parse_map
 from radiance_mlx.rows.files import read
 from radiance_mlx.rows.intake import Intake, Refused, Taken
+from radiance_mlx.rows.lines import examples_of_jsonl
 
 ASKED = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -316,6 +317,17 @@ def test_whatever_a_file_holds_is_rows_or_faults(raw: bytes, kind: str) -> None:
         source = read(io.BytesIO(raw), "x", kind)
         for found in Intake(source):
             assert isinstance(found, Taken | Refused)
+
+
+def test_a_file_in_memory_is_examples_or_names_its_bad_lines() -> None:
+    """Of a chat every answer is learnt, if that is asked for."""
+    good = b"\xef\xbb\xbf" + json.dumps({"messages": [ASKED, ANSWER, ASKED, ANSWER]}).encode() + b"\r\n\n"
+    assert [len(examples_of_jsonl(good, every_answer=every)) for every in (True, None)] == [2, 1]
+    with pytest.raises(InvalidRequest, match=r"line 3: not JSON.*; line 4: not UTF-8.*; line 5: output") as caught:
+        examples_of_jsonl(good + b'{"a"\n{"text": "\xff"}\n{"input": "a"}\n')
+    assert [fault["line"] for fault in caught.value.details] == [3, 4, 5]
+    with pytest.raises(InvalidRequest, match="no line"):
+        examples_of_jsonl(b"\n \n")
 
 
 # --- columns -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..errors import AnchorsUnavailable, InvalidRequest
 from ..lora.encoding import ChatEncoder, Encoded
 from ..messages import Example
 from ..rows import SHAPES
-from ..rows.files import understand_line
+from ..rows.lines import understand_line
 from .anchor_hub import rows_of
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from ..errors import InvalidRequest
-from .forms import FORMS, Understood, understand
+from .forms import FORMS
+from .lines import not_json
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 FIELD_LIMIT = 2**27  # characters of one field of a table
@@ -46,17 +47,6 @@ class Source:
     tags: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     narrow: Callable[[list[str]], Iterator[Row]] | None = None  # the rows with these columns only
-
-
-def understand_line(line: bytes, *, every_answer: bool | None = None) -> Understood:
-    """One line of JSONL, as it stands in the file. Raises `InvalidRequest` as `understand` does."""
-    try:
-        value = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(_not_json(error)) from None
-    return understand(value, every_answer=every_answer)
 
 
 def kind_of(name: str) -> str:
@@ -184,7 +174,7 @@ def _by_line(lines: Iterable[_Line]) -> Iterator[Row]:
             try:
                 yield Row(place, json.loads(line.text))
             except (ValueError, RecursionError) as error:
-                yield Row(place, fault=_not_json(error))
+                yield Row(place, fault=not_json(error))
 
 
 def _whole(value: Any, name: str) -> Source:
@@ -230,16 +220,10 @@ def _why_no_json(lines: list[_Line]) -> Row:
     try:
         json.loads("".join(line.text for line in lines))
     except json.JSONDecodeError as error:
-        return Row(f"line {error.lineno}", fault=_not_json(error))
+        return Row(f"line {error.lineno}", fault=not_json(error))
     except (ValueError, RecursionError) as error:
-        return Row("line 1", fault=_not_json(error))
+        return Row("line 1", fault=not_json(error))
     return Row("line 1", fault="not JSON: neither a list nor an object")
-
-
-def _not_json(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    return f"not JSON: {error}"
 
 
 # --- tables ----------------------------------------------------------------------------------------------
