@@ -183,5 +183,5 @@ def test_the_clients_come_without_the_service():
     loaded = modules_after("from radiance_mlx import AsyncClient, Client, RadianceError, Retry")
     assert "radiance_mlx.client.sync" in loaded
     ours = {"radiance_mlx.service", "radiance_mlx.api", "radiance_mlx.engine", "radiance_mlx.rows"}
-    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "starlette", "uvicorn", "rich", "typer", *ours}
+    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "transformers", "starlette", "uvicorn", "typer", *ours}
     assert "httpx" not in modules_after("import radiance_mlx")
