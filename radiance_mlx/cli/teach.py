@@ -1,20 +1,16 @@
-"""`update`: hand in examples to learn from, and wait for the new checkpoint if asked."""
+"""`update`: hand in examples to learn from, and wait for the new checkpoint if asked.
 
-from collections.abc import Sequence
+What knows rows is imported when rows are there: every command loads this module.
+"""
+
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..rows import SHAPES
-from ..rows.columns import parse_map
-from ..rows.intake import Intake, Refused, Taken
 from . import output
 from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples
-from .parts import Spool, send
-from .preview import preview
-from .sources import SHOWN_FAULTS, bad_rows, source_of_dataset, source_of_file, source_of_pairs, told_as_bad_input
 from .teach_options import (
     Answers,
     Columns,
@@ -36,6 +32,7 @@ from .teach_options import (
 
 if TYPE_CHECKING:
     from ..client import Client
+    from .parts import Spool
 
 EXAMPLES = examples(
     '% update --input "Where is my key?" --output "Under the mat." --wait',
@@ -78,71 +75,40 @@ def update(
 
     Every row is checked before anything is sent.
     """
+    from .intakes import intakes_of, summary, take
+    from .parts import Spool
+
     every = None if answers is None else answers is Answers.all
-    mapped = parse_map(columns or [])
     with ExitStack() as stack:
-        sources = [source_of_file(stack, file, kind and kind.value, encoding)] if file else []
-        sources += [source_of_dataset(dataset, split)] if dataset else []
-        pairs = [source_of_pairs(inputs or [], outputs or [])] if inputs or outputs else []
-        if not sources and not pairs:
-            raise output.BadInput(
-                "There is nothing to learn.", "Give a FILE, - for stdin, a --dataset, or pairs of --input and --output."
-            )
-        intakes = [Intake(source, mapped, every_answer=every, limit=limit) for source in sources]
-        intakes += [Intake(source) for source in pairs]
+        stdin_or_file = (file, kind and kind.value, encoding)
+        pairs = (inputs or [], outputs or [])
+        intakes = intakes_of(stack, stdin_or_file, (dataset, split), pairs, columns or [], every, limit)
         if dry_run:
+            from .preview import preview
+
             connected = partial(client_for, url, home, config, token)
             return preview(intakes, connected, home, config, skip_bad=skip_bad, as_json=as_json)
         spool = stack.enter_context(Spool())
         for intake in intakes:
-            _take(intake, spool, skip_bad, as_json)
-        tags = [*(t for source in sources for t in source.tags), *(tag or [])]
+            take(intake, spool, skip_bad=skip_bad, quiet=as_json)
+        tags = [*(t for intake in intakes for t in intake.source.tags), *(tag or [])]
         with client_for(url, home, config, token) as client:
             accepted = _send_all(client, spool, tags, idempotency_key, quiet=as_json or wait)
             ended = [follow_job(client, answer["job_id"], quiet=as_json) for answer in accepted] if wait else []
-        if as_json:
-            output.print_json(_summary(accepted, ended, [r for intake in intakes for r in intake.refused]))
-        else:
-            for job in ended:
-                _show_end(job, job["state"] == "published")
-        return output.OK if all(job["state"] == "published" for job in ended) else output.NOT_PUBLISHED
+    if as_json:
+        output.print_json(summary(accepted, ended, [row for intake in intakes for row in intake.refused]))
+    else:
+        for job in ended:
+            _show_end(job, job["state"] == "published")
+    return output.OK if all(job["state"] == "published" for job in ended) else output.NOT_PUBLISHED
 
 
-def _take(intake: Intake, spool: Spool, skip_bad: bool, quiet: bool) -> None:
-    """All good rows into the spool. Raises `BadInput` if none is good, and for bad ones that are not to be skipped."""
-    name = intake.source.name
-    with told_as_bad_input(name):
-        for row in intake:
-            if isinstance(row, Taken) and (skip_bad or not intake.refused):
-                spool.add(row.place, row.examples)
-    if intake.refused and not skip_bad:
-        raise bad_rows(name, intake.refused)
-    if not intake.examples:
-        refused = f": all of {len(intake.refused)} rows are bad" if intake.refused else ""
-        raise output.BadInput(f"{name} holds no examples{refused}.", f"One a row: {SHAPES}.", *_shown(intake))
-    if quiet:
-        return
-    for said in _remarks(intake):
-        output.remark(said)
-
-
-def _shown(intake: Intake) -> list[list[str]]:
-    return [[str(one) for one in intake.refused[:SHOWN_FAULTS]]] if intake.refused else []
-
-
-def _remarks(intake: Intake) -> list[str]:
-    """What was done with rows that somebody may not expect."""
-    said = list(intake.source.remarks)
-    if intake.left_out:
-        said.append(f"{intake.columns}; columns left out: {', '.join(intake.left_out)}")
-    if intake.refused:
-        said += [f"left out: {one}" for one in intake.refused[:SHOWN_FAULTS]]
-        said.append(f"{len(intake.refused)} of {intake.rows} rows of {intake.source.name} were bad and are left out")
-    return said
-
-
-def _send_all(client: "Client", spool: Spool, tags: list[str], key: str | None, *, quiet: bool) -> list[dict[str, Any]]:
+def _send_all(
+    client: "Client", spool: "Spool", tags: list[str], key: str | None, *, quiet: bool
+) -> list[dict[str, Any]]:
     """The service's answers to all parts; parts are shown as they are accepted, even to who waits for their end."""
+    from .parts import send
+
     answers = []
     for answer in send(client, spool, tags, key):
         answers.append(answer)
@@ -151,20 +117,6 @@ def _send_all(client: "Client", spool: Spool, tags: list[str], key: str | None, 
         elif answer["of"] > 1:
             output.remark(f"part {answer['part']} of {answer['of']}: {answer['job_id']}")
     return answers
-
-
-def _summary(answers: list[dict[str, Any]], ended: list[dict[str, Any]], refused: Sequence[Refused]) -> dict[str, Any]:
-    """One update as the service answers it, or its job that has ended; of several the last one's, and all their jobs.
-
-    Rows that were skipped are told.
-    """
-    skipped = {"skipped": [{"place": one.place, "problem": one.problem} for one in refused]} if refused else {}
-    last = {key: value for key, value in answers[-1].items() if key not in ("part", "of")}
-    if len(answers) == 1:
-        return {**(ended[0] if ended else {k: v for k, v in last.items() if k != "examples"}), **skipped}
-    jobs = ended or [{key: answer[key] for key in ("job_id", "queued", "examples")} for answer in answers]
-    examples = sum(answer["examples"] for answer in answers)
-    return {**last, "examples": examples, "parts": len(answers), "jobs": jobs, **skipped}
 
 
 def _show_queued(queued: dict[str, Any]) -> None:
