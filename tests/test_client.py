@@ -220,6 +220,7 @@ def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
             assert caught.value.details[0]["field"] == field
         for ask in (
             lambda: c.update([{"text": "a"}], idempotency_key="\udcff"),
+            lambda: c.update("text"),
             lambda: c.jobs(state="\udcff"),
             lambda: c.job("\udcff"),
             lambda: c.job(""),

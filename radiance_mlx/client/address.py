@@ -40,7 +40,7 @@ def locate(
     address = url or os.environ.get("RADIANCE_URL")
     if address:
         address = tidy_url(address)
-        where = "--url" if url else "RADIANCE_URL"
+        where = "--url (base_url)" if url else "RADIANCE_URL"
         if token is None and (config_file is not None or is_local(address)):
             token = _configured_token(config_file, home)
         return Service(address, token, f"That address is from {where}. {START_HINT}")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from ..errors import NotReady, RequestTimeout, ServiceUnreachable
+from ..errors import InvalidRequest, NotReady, RequestTimeout, ServiceUnreachable
 from . import results
 from .retrying import BUSY_STATUS, NO_RETRY, Retry, passes, retry_after
 from .wire import Json, error_of, fault_of, json_body, object_of, raise_for, search_body, segment, utf8
@@ -113,7 +113,12 @@ class Operations:
         """However often it is sent, the key makes one job of it."""
         key = uuid.uuid4().hex if key is None else key
         headers = {b"Idempotency-Key": utf8(key, "idempotency key").encode()}
-        body = json_body({"examples": [dict(example) for example in examples], "tags": list(tags)})
+        rows = list(examples)
+        if strange := [i for i, row in enumerate(rows) if not isinstance(row, Mapping)]:
+            raise InvalidRequest(
+                f"The request cannot be sent: example {strange[0]} is no mapping.", "Like {input, output}."
+            )
+        body = json_body({"examples": [dict(row) for row in rows], "tags": list(tags)})
         call = Call("POST", "/update", body, headers=headers, keyed=True)
         accepted = results.UpdateResult.of(object_of((yield from self.answered(call))), key)
         if wait is False:
