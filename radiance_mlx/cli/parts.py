@@ -52,7 +52,7 @@ class Spool:
         self._file.close()
 
     def add(self, place: str, examples: Sequence[Example]) -> None:
-        """Keep a row's examples. Raises `InvalidRequest` for what is no text in UTF-8."""
+        """Keep a row's examples."""
         for example in examples:
             line = json.dumps(example.as_dict(), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
             self._file.write(line)
