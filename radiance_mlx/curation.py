@@ -1,7 +1,8 @@
 """Accepted examples as files that `mlx_lm.lora --data` trains on. Pure.
 
 mlx-lm looks at the first row to tell a file's format, so a file never mixes formats: chats and
-prompt/completion pairs together become `messages`; plain text among them goes to a folder of its own.
+prompt/completion pairs together become `messages`; plain text among them goes to a file of its own. Rows with `tools`
+are `messages` rows too. mlx-lm reads past the `weight` of a message.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ def curated_files(examples: Sequence[Example]) -> dict[str, bytes]:
     chats = [e for e in examples if e.messages]
     pairs = [e.as_dict() for e in chats]
     if any("messages" in row for row in pairs):
-        pairs = [_as_messages(e) for e in chats]
+        pairs = [e.as_messages() for e in chats]
     if not pairs:
         return {"train.jsonl": _jsonl(texts)}
     files = {"train.jsonl": _jsonl(pairs)}
@@ -32,10 +33,6 @@ def data_hash(examples: Sequence[Example]) -> str:
         digest.update(json.dumps(example.as_dict(), sort_keys=True).encode())
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def _as_messages(example: Example) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in example.messages]}
 
 
 def _jsonl(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -158,6 +158,12 @@ class AnchorsUnavailable(RadianceError):
     code, status = "anchors_unavailable", 503
 
 
+class DatasetUnavailable(RadianceError):
+    """A data set to learn from cannot be had: no network, no such data set or split, a bad file."""
+
+    code, status = "dataset_unavailable", 503
+
+
 class Cancelled(RadianceError):
     code, status = "cancelled", 409
 

@@ -4,6 +4,7 @@ Nothing here holds an MLX array, an open file or a lock. Times are seconds since
 unless a field says otherwise.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,23 +32,67 @@ Outcome = Literal["pass", "unknown", "logged", "risky", "rejected"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training pair. Either `messages` (chat, the last one the answer) or `text` (plain continuation)."""
+    """One training pair. Either `messages` (chat, the last one the answer) or `text` (plain continuation).
+
+    A chat may call tools: then `tools` is the JSON list of those that it may call, and `extras` holds a JSON object for
+    each message with what it has beside role and content (`tool_calls`, `tool_call_id`, `name`), "" for nothing.
+    With `answer_only` nothing but the last message is learnt, even where prompts are learnt too.
+    """
 
     messages: tuple[tuple[str, str], ...] = ()  # (role, content)
     text: str = ""
+    tools: str = ""
+    extras: tuple[str, ...] = ()  # one for each message, or none at all
+    answer_only: bool = False
 
     @property
     def prompt(self) -> tuple[tuple[str, str], ...]:
         """What is asked: the messages before the answer; empty for a plain text."""
         return self.messages[:-1]
 
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """All that the answer depends on: two examples with the same question contradict or repeat each other."""
+        return (self.prompt, self.extras[:-1], self.tools) if self.prompt else ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether roles and contents are all that there is to it."""
+        return not self.tools and not self.extras
+
+    @property
+    def needs_tools(self) -> bool:
+        """Whether only a chat template that knows tools can show all of it."""
+        return bool(self.tools) or any('"tool_calls"' in extra for extra in self.extras)
+
+    def chat(self) -> list[dict[str, Any]]:
+        """The messages as a chat template takes them."""
+        extras = self.extras or ("",) * len(self.messages)
+        turns = zip(self.messages, extras, strict=True)
+        return [
+            {"role": role, "content": content, **(json.loads(extra) if extra else {})}
+            for (role, content), extra in turns
+        ]
+
     def as_dict(self) -> dict[str, Any]:
-        """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`."""
+        """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`, with `tools` if there are any.
+
+        With `answer_only` the answers before the last have `weight` 0, as in OpenAI's format.
+        """
         if not self.messages:
             return {"text": self.text}
-        if [role for role, _ in self.messages] == ["user", "assistant"]:
+        pair = self.plain and not self.answer_only and [role for role, _ in self.messages] == ["user", "assistant"]
+        if pair and all(content for _, content in self.messages):
             return {"prompt": self.messages[0][1], "completion": self.messages[1][1]}
-        return {"messages": [{"role": role, "content": content} for role, content in self.messages]}
+        return self.as_messages()
+
+    def as_messages(self) -> dict[str, Any]:
+        """As `as_dict`, of a chat, and always as `messages`."""
+        chat = self.chat()
+        for message in chat[:-1] if self.answer_only else ():
+            if message["role"] == "assistant":
+                message["weight"] = 0
+        return {"messages": chat, **({"tools": json.loads(self.tools)} if self.tools else {})}
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> "Example":
@@ -56,7 +101,19 @@ class Example:
             return cls(text=row["text"])
         if "prompt" in row:
             return cls(messages=(("user", row["prompt"]), ("assistant", row["completion"])))
-        return cls(messages=tuple((m["role"], m["content"]) for m in row["messages"]))
+        chat = row["messages"]
+        extras = tuple(json_of({k: v for k, v in m.items() if k not in ("role", "content", "weight")}) for m in chat)
+        return cls(
+            messages=tuple((m["role"], m["content"]) for m in chat),
+            tools=json_of(row.get("tools")),
+            extras=extras if any(extras) else (),
+            answer_only=any(m.get("weight") == 0 for m in chat),
+        )
+
+
+def json_of(value: Any) -> str:
+    """`value` as JSON in the order that it has, which a chat template shows; "" for an empty one."""
+    return json.dumps(value, ensure_ascii=False) if value else ""
 
 
 @dataclass(frozen=True, slots=True)

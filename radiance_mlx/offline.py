@@ -1,4 +1,6 @@
-"""Measuring and fusing without a service: the engine or its model alone. Nothing is trained or served.
+"""Measuring, fusing and counting tokens without a service: the engine, its model or its tokenizer alone.
+
+Nothing is trained or served.
 
 With a service on the same home this may run beside it: checkpoints are only read, and what is kept about
 anchors is written beside and renamed. It then holds a second copy of the base model in memory.
@@ -10,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import Loaded
+from .config import Config, Loaded
 from .config.bases import expanded
 from .engine.thread import EngineThread
 from .errors import HomeLocked, InvalidRequest, ModelError
 from .evaluation.plan import Subject
 from .evaluator import Evaluator, all_subjects, asked_for, checkpoint_names, subject_of
+from .lora.encoding import ChatEncoder
 from .messages import BASE, STABLE
 from .store import HomeLock, Store
 
@@ -77,6 +80,16 @@ def fuse(loaded: Loaded, checkpoint: str, adapter_path: Path | None, out: Path) 
         raise InvalidRequest("There is nothing to fold into the base.", "Name a checkpoint, or teach something first.")
     modules = fusing.fuse(base, load_adapter(subject.folder), out)
     return {"out": str(out), "base_model": loaded.config.base_model, "adapter": subject.name, "modules": modules}
+
+
+def encoder(config: Config) -> ChatEncoder:
+    """What turns examples into tokens for the configured base; of a base on the hub only the tokenizer is fetched.
+
+    Raises `RadianceError`.
+    """
+    from .engine.model import load_encoder
+
+    return load_encoder(config)
 
 
 def _subjects(

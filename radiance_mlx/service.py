@@ -19,7 +19,7 @@ from . import __version__
 from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
-from .errors import CheckpointDamaged, Conflict, NotReady, StoreError
+from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotReady, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged
@@ -210,8 +210,12 @@ class Service:
         raw: bytes,
         idempotency_key: str | None = None,
     ) -> tuple[JobRecord, bool]:
-        """Accept examples durably; (job, whether it is new). Raises `IdempotencyMismatch`."""
+        """Accept examples durably; (job, whether it is new).
+
+        Raises `IdempotencyMismatch`, and `InvalidRequest` for tools that the base's chat template would not show.
+        """
         store, _, _, scheduler = self._require()
+        await self.require_place_for_tools(examples)
         files = await asyncio.to_thread(curated_files, examples)
         digest = hashlib.sha256(raw).hexdigest()
         job, new = await store(
@@ -223,6 +227,17 @@ class Service:
             log.info("accepted", job=job.job_id, examples=job.example_count)
             scheduler.wake()
         return job, new
+
+    async def require_place_for_tools(self, examples: Sequence[Example]) -> None:
+        """Raises `InvalidRequest` if some have tools, and the base's chat template would not show them."""
+        _, engine, _, _ = self._require()
+        calling = sum(example.needs_tools for example in examples)
+        if calling and not await engine.encode(lambda encoder: encoder.shows_tools):
+            raise InvalidRequest(
+                f"{calling} examples have tools, for which the chat template of {self.config.base_model} has no place; "
+                "nothing was stored.",
+                "Leave tools and tool_calls out, or teach another base.",
+            )
 
     async def job(self, job_id: str) -> JobRecord:
         """Raises `NotFound`."""

@@ -1,6 +1,5 @@
 """The commands: what they read, show and exit with, alone and with a running service."""
 
-import contextlib
 import io
 import json
 import os
@@ -19,8 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from radiance_mlx import client, errors
-from radiance_mlx.cli import demo_questions, demo_service, demo_show, examples, look, output, progress, render, run
+from radiance_mlx.cli import demo_questions, demo_service, demo_show, look, output, progress, render, run, sources
 from radiance_mlx.cli.main import main
+from radiance_mlx.client import Job
 from radiance_mlx.models.nano import world
 
 
@@ -43,64 +43,36 @@ def free_port() -> int:
 # --- examples from files --------------------------------------------------------------------------------
 
 
-def test_jsonl_rows_keep_their_line_numbers() -> None:
-    text = '{"input": "a", "output": "b"}\n\n{"text": "c"}\n'
-    rows, tags = examples.parse_rows(text, "x")
-    assert [(row.place, row.example) for row in rows] == [
-        ("line 1", {"input": "a", "output": "b"}),
-        ("line 3", {"text": "c"}),
+def test_every_bad_line_is_named_before_anything_is_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No service is needed to say so."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"input": "a"}\n{"input": "a", "output": "b"}\nnot json\n7\n{"text": ""}\n{"q": 1}')
+    assert main(["update", str(file)]) == output.USAGE
+    err = capsys.readouterr().err
+    assert "5 bad examples; nothing was sent" in err
+    assert [line.split(":")[0] for line in err.splitlines() if line.startswith("  - ")] == [
+        f"  - line {i}" for i in (1, 3, 4, 5, 6)
     ]
-    assert tags == []
+    assert "output: is missing" in err
 
 
-@pytest.mark.parametrize(
-    ("text", "count", "tags"),
-    [
-        ('[{"prompt": "a", "completion": "b"}, {"text": "c"}]', 2, []),
-        ('{"examples": [{"text": "c"}], "tags": ["t"]}', 1, ["t"]),
-        ('{\n  "input": "a",\n  "output": "b"\n}', 1, []),
-        ('{"messages": [{"role": "user", "content": "a"}]}', 1, []),
-    ],
-)
-def test_json_is_a_list_an_update_body_or_one_example(text: str, count: int, tags: list[str]) -> None:
-    rows, found = examples.parse_rows(text, "x")
-    assert (len(rows), found) == (count, tags)
-
-
-def test_every_bad_line_is_named_before_anything_is_sent() -> None:
-    text = '{"input": "a"}\n{"input": "a", "output": "b"}\nnot json\n7\n{"text": ""}\n{"q": 1}'
-    with pytest.raises(output.BadInput, match="5 bad examples") as caught:
-        examples.parse_rows(text, "x")
-    assert [fault.partition(":")[0] for fault in caught.value.details] == [f"line {i}" for i in (1, 3, 4, 5, 6)]
-    assert "output must be text" in caught.value.details[0]
-
-
-def test_hundreds_of_bad_lines_are_counted_not_listed() -> None:
-    with pytest.raises(output.BadInput, match="300 bad examples") as caught:
-        examples.parse_rows("x\n" * 300, "x")
-    assert len(caught.value.details) == examples.SHOWN_FAULTS + 1
-    assert caught.value.details[-1] == "and 280 more"
+def test_hundreds_of_bad_lines_are_counted_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("x\n" * 300)
+    assert main(["update", str(file), "--json"]) == output.USAGE
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert "300 bad examples" in error["message"]
+    assert len(error["details"]) == sources.SHOWN_FAULTS + 1
+    assert error["details"][-1] == "and 280 more"
 
 
 @pytest.mark.parametrize("raw", [b"", b"\n \n", b"[]", b'{"examples": []}', b"\xff\xfe", b'{"examples": 3}'])
-def test_files_without_examples_are_bad_input(tmp_path: Path, raw: bytes) -> None:
+def test_files_without_examples_are_bad_input(tmp_path: Path, raw: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(raw)
-    with pytest.raises(output.BadInput):
-        examples.read_rows(str(file))
-
-
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert len(examples.read_rows(str(file))[0]) == 2
-
-
-@given(st.text())
-def test_any_text_is_rows_or_bad_input(text: str) -> None:
-    """Nothing else can come out, whatever the file holds."""
-    with contextlib.suppress(output.BadInput):
-        assert examples.parse_rows(text, "x")[0]
+    assert main(["update", str(file)]) == output.USAGE
+    assert main(["update", str(file), "--skip-bad"]) == output.USAGE
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # --- small things ---------------------------------------------------------------------------------------
@@ -247,7 +219,7 @@ def test_a_bug_shows_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(client, "connect", broken)
+    monkeypatch.setattr(client, "Client", broken)
     assert main(["info"]) == output.FAILED
     err = capsys.readouterr().err
     assert "ZeroDivisionError: oops" in err
@@ -258,7 +230,7 @@ def test_interrupted_commands_exit_with_130(monkeypatch: pytest.MonkeyPatch) -> 
     def interrupted(*_: object, **__: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(client, "connect", interrupted)
+    monkeypatch.setattr(client, "Client", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         assert main(["info"]) == output.INTERRUPTED
@@ -323,10 +295,10 @@ def test_the_bar_of_a_job_that_is_not_published_stays_where_it_was(state: str, s
     """Only what was published is complete."""
 
     class Ending:
-        def wait(self, job_id: str, on_progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        def wait(self, job_id: str, on_progress: Callable[[Job], None]) -> Job:
             steps = {"step": 40, "max_steps": 200, "loss": 1.0, "tokens_per_s": 1.0, "eta_s": 1.0, "phase": "training"}
-            on_progress({"job_id": job_id, "state": "training", "progress": steps})
-            return {"job_id": job_id, "state": state, "progress": None}
+            on_progress(Job.of({"job_id": job_id, "state": "training", "progress": steps}))
+            return Job.of({"job_id": job_id, "state": state, "progress": None})
 
     console = Console(file=io.StringIO(), width=100)
     client_: Any = Ending()
@@ -344,7 +316,7 @@ def test_the_bar_of_a_job_that_is_not_published_stays_where_it_was(state: str, s
 def service() -> Iterator[str]:
     """The demo's own service on nano; its address."""
     with demo_service.demo_service(keep=False) as (running, _):
-        yield running.url
+        yield running.base_url
 
 
 @pytest.fixture
@@ -383,10 +355,10 @@ def test_search_with_json_carries_checkpoint_and_status(call: Call) -> None:
 
 
 def test_a_streamed_answer_is_the_same_as_a_whole_one(service: str) -> None:
-    with client.connect(service) as c:
-        *pieces, last = c.stream(KNOWN[0], temperature=0)
-        assert "".join(piece.get("text", "") for piece in pieces) == last["response"] == KNOWN[1]
-        assert last["usage"] == {**c.search(KNOWN[0], temperature=0)["usage"], **last["usage"]}
+    with client.Client(service) as c:
+        stream = c.search_stream(KNOWN[0], temperature=0)
+        assert "".join(stream) == stream.result.response == KNOWN[1]
+        assert stream.result.usage.completion_tokens == c.search(KNOWN[0], temperature=0).usage.completion_tokens
 
 
 def test_search_reads_stdin(service: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

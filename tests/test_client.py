@@ -9,10 +9,13 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from radiance_mlx import client, errors
+from radiance_mlx.client import Retry
+from radiance_mlx.client.wire import EventReader, error_from
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +81,17 @@ def test_a_server_bound_to_every_address_is_reached_on_loopback() -> None:
 @pytest.mark.parametrize("url", ["", "http://", "ftp://x", "http://x:0x", "http://x:99999", "http://[", "a b"])
 def test_what_is_no_address_is_a_configuration_error(url: str) -> None:
     with pytest.raises(errors.ConfigError):
-        client.Client(url)
+        client.Client(url).close()
 
 
 # --- streams and errors ---------------------------------------------------------------------------------
+
+
+def events_of(chunks: Iterator[bytes]) -> list[Any]:
+    reader = EventReader()
+    found = [event for chunk in chunks for event in reader.feed(chunk)]
+    reader.finish()
+    return found
 
 
 def chunked(raw: bytes, size: int) -> Iterator[bytes]:
@@ -92,29 +102,28 @@ def chunked(raw: bytes, size: int) -> Iterator[bytes]:
 def test_a_stream_survives_any_cut_and_unusual_line_separators(size: int) -> None:
     answer = {"response": "ä\u2028b", "checkpoint": "base"}
     raw = f': ping\r\n\r\ndata: {{"text": "ä\u2028b"}}\r\n\r\ndata:{json.dumps(answer)}\n\ndata: [DONE]\n\n'
-    events = list(client._events(chunked(raw.encode(), size)))
-    assert events == [{"text": "ä\u2028b"}, answer]
+    assert events_of(chunked(raw.encode(), size)) == [{"text": "ä\u2028b"}, answer]
 
 
 def test_an_error_inside_a_stream_is_raised_and_so_is_an_early_end() -> None:
     raw = b'data: {"text": "a"}\n\ndata: {"error": {"code": "busy", "message": "full"}}\n\n'
     with pytest.raises(errors.Busy, match="full"):
-        list(client._events(iter([raw])))
+        events_of(iter([raw]))
     with pytest.raises(errors.ServiceUnreachable, match="before the answer was complete"):
-        list(client._events(iter([b'data: {"text": "a"}\n\n'])))
+        events_of(iter([b'data: {"text": "a"}\n\n']))
 
 
 def test_an_error_of_the_service_comes_back_as_its_own_class() -> None:
-    known = client.error_from({"code": "conflict", "message": "m", "hint": "h", "details": [1]}, 409)
+    known = error_from({"code": "conflict", "message": "m", "hint": "h", "details": [1]}, 409)
     assert isinstance(known, errors.Conflict)
     assert (known.message, known.hint, known.details, known.status) == ("m", "h", [1], 409)
-    unknown = client.error_from({"code": "martian", "message": "m"}, 500)
+    unknown = error_from({"code": "martian", "message": "m"}, 500)
     assert (type(unknown), unknown.code) == (errors.RadianceError, "martian")
 
 
 def test_no_service_says_which_address_and_how_to_start_one() -> None:
     url = f"http://127.0.0.1:{free_port()}"
-    with client.Client(url) as c, pytest.raises(errors.ServiceUnreachable) as caught:
+    with client.Client(url, retry=Retry(absent=False)) as c, pytest.raises(errors.ServiceUnreachable) as caught:
         c.info()
     assert url in caught.value.message
     assert "python -m radiance_mlx run" in caught.value.hint
@@ -181,15 +190,17 @@ def recorder() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     server.server_close()
 
 
-def test_an_empty_idempotency_key_is_sent_and_no_key_is_none(
+def test_every_update_has_a_key_of_its_own_and_an_empty_one_is_sent(
     recorder: tuple[str, list[tuple[str, str | None]]],
 ) -> None:
-    """The service refuses it; left out, every repetition would make another job."""
+    """The service refuses that; left out, a repetition would make another job."""
     url, seen = recorder
     with client.Client(url) as c:
-        for key in ("", "ä", None):
+        for key in ("", "ä", None, None):
             c.update([{"text": "a"}], idempotency_key=key)
-    assert [key for _, key in seen] == ["", "ä".encode().decode("latin-1"), None]
+    assert [key for _, key in seen[:2]] == ["", "ä".encode().decode("latin-1")]
+    assert len({key for _, key in seen}) == 4
+    assert all(len(key or "") > 20 for _, key in seen[2:])
 
 
 def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
@@ -198,7 +209,7 @@ def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
         for ask, field in (
             (lambda: c.search("hi", temperature=float("nan")), "temperature"),
             (lambda: c.search("\udcff"), "prompt"),
-            (lambda: list(c.stream("hi", top_p=float("inf"), stop=["\udcff"])), "top_p"),
+            (lambda: list(c.search_stream("hi", top_p=float("inf"), stop=["\udcff"])), "top_p"),
             (lambda: c.update([{"text": "a"}, {"text": "\ud800"}]), "examples.1.text"),
             (lambda: c.update([{"text": "a"}], tags=["\udcff"]), "tags.0"),
             (lambda: c.rollback("base", "\udcff"), "reason"),
@@ -209,6 +220,7 @@ def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
             assert caught.value.details[0]["field"] == field
         for ask in (
             lambda: c.update([{"text": "a"}], idempotency_key="\udcff"),
+            lambda: c.update("text"),
             lambda: c.jobs(state="\udcff"),
             lambda: c.job("\udcff"),
             lambda: c.job(""),

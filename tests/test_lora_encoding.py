@@ -1,11 +1,16 @@
 """From examples to tokens: what the model sees, and which of it is learnt."""
 
+import json
+
 import pytest
 import tiny
+from mlx_lm.tuner.datasets import ChatDataset
 
+from radiance_mlx.curation import curated_files
 from radiance_mlx.errors import InvalidRequest
 from radiance_mlx.lora.encoding import ChatEncoder
 from radiance_mlx.messages import Example
+from radiance_mlx.rows import understand
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -156,3 +161,68 @@ def test_an_example_that_fits_exactly_is_not_cut():
     assert chat.example(PAIR, max_tokens=len(whole.tokens) - 1).cut == 1
     short = chat.example(Example(text="abcdef"), max_tokens=4)
     assert (text(chat, short), short.cut) == ("abcd", 3)
+
+
+# --- tools -------------------------------------------------------------------------------------------
+
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"b": 1, "a": 2}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"b": 4, "a": 3}'}}
+TOOL_CHAT = [
+    {"role": "user", "content": "3 + 4?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "7"},
+    {"role": "assistant", "content": "Seven."},
+]
+
+
+def understood(chat, **row):
+    return understand({"messages": chat, "tools": [TOOL], **row}).examples
+
+
+def test_tools_and_calls_reach_the_template_in_their_own_order():
+    """What a call is made of is learnt, after the tools that were there to be called."""
+    chat = encoder(WITH_TOOLS)
+    (call,), (answer,) = understood(TOOL_CHAT[:2]), understood(TOOL_CHAT)
+    assert learnt(chat, chat.example(call)) == 'add({"b": 4, "a": 3})<|im_end|>\n'
+    assert text(chat, chat.example(call)).startswith("<|im_start|>system\n" + json.dumps(TOOL))
+    encoded = chat.example(answer)
+    assert learnt(chat, encoded) == "Seven.<|im_end|>\n"
+    assert "tool\n7<|im_end|>" in text(chat, encoded)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_template_that_shows_no_tools_refuses_them(template):
+    """Rather than to teach something else in silence; calls without a list of tools, too."""
+    chat = encoder(template)
+    assert not chat.shows_tools
+    assert encoder(WITH_TOOLS).shows_tools
+    for example in (*understood(TOOL_CHAT), *understood(TOOL_CHAT, tools=None)):
+        with pytest.raises(InvalidRequest, match="no place for tools"):
+            chat.example(example)
+
+
+def test_answers_that_are_not_to_be_learnt_are_not_even_where_prompts_are():
+    """`training.mask_prompt: false` means everything; a weight of 0 is somebody's own word."""
+    chat = encoder(CHATML)
+    turns = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B", "weight": 0}]
+    turns += [{"role": "user", "content": "C"}, {"role": "assistant", "content": "D"}]
+    (example,) = understand({"messages": turns}).examples
+    assert learnt(chat, chat.example(example, mask_prompt=False)) == "D<|im_end|>\n"
+    assert "B" in learnt(chat, chat.example(DIALOGUE, mask_prompt=False))
+
+
+def test_mlx_lm_trains_on_the_same_tokens_of_a_chat_with_tools():
+    """Through its own `ChatDataset`, from what is written for it."""
+    chat = encoder(WITH_TOOLS)
+    for example in (*understood(TOOL_CHAT[:2]), *understood(TOOL_CHAT)):
+        (row,) = curated_files([example])["train.jsonl"].splitlines()
+        tokens, offset = ChatDataset([], chat.tokenizer, mask_prompt=True).process(json.loads(row))
+        encoded = chat.example(example)
+        assert (tuple(tokens), offset) == (encoded.tokens, encoded.offset)

@@ -12,7 +12,19 @@ PACKAGE = REPOSITORY / "radiance_mlx"
 #: the layers from below; a module may import its own layer and those before it
 LAYERS = (
     ("errors", "messages", "config", "blas", ""),
-    ("models", "store", "lora", "evaluation", "checkpoints", "storage", "earlier", "triggers", "curation", "client"),
+    (
+        "models",
+        "store",
+        "lora",
+        "evaluation",
+        "checkpoints",
+        "storage",
+        "earlier",
+        "triggers",
+        "curation",
+        "rows",
+        "client",
+    ),
     ("engine",),
     ("lineage", "evaluator", "reconsolidation", "scheduler"),
     ("service", "offline"),
@@ -27,7 +39,7 @@ BESIDE = {
     "checkpoints": {"store"},
     "storage": {"store"},
     "earlier": {"storage", "store"},
-    "evaluation": {"lora"},
+    "evaluation": {"lora", "rows"},
     "reconsolidation": {"lineage"},
     "scheduler": {"lineage", "evaluator", "reconsolidation"},
     "__main__": {"cli"},
@@ -164,3 +176,12 @@ def test_a_service_that_answers_and_trains_never_imports_torch(tmp_path):
     assert "mlx.core" in loaded
     assert "radiance_mlx.engine.training" in loaded
     assert not {name for name in loaded if name.split(".")[0] in ("torch", "tensorflow", "jax")}
+
+
+def test_the_clients_come_without_the_service():
+    """A program that asks a service elsewhere loads none of it; and the package alone loads no client."""
+    loaded = modules_after("from radiance_mlx import AsyncClient, Client, RadianceError, Retry")
+    assert "radiance_mlx.client.sync" in loaded
+    ours = {"radiance_mlx.service", "radiance_mlx.api", "radiance_mlx.engine", "radiance_mlx.rows"}
+    assert not loaded & {"mlx", "mlx.core", "mlx_lm", "transformers", "starlette", "uvicorn", "typer", *ours}
+    assert "httpx" not in modules_after("import radiance_mlx")

@@ -9,7 +9,8 @@ from starlette.requests import ClientDisconnect, Request
 from ..config.schema import ServerSection
 from ..errors import InvalidRequest, MalformedBody, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from ..messages import Example
-from .schemas import FORMS, UpdateEnvelope
+from ..rows import SHAPES, understand
+from .schemas import UpdateEnvelope
 
 M = TypeVar("M", bound=BaseModel)
 JSON = "application/json"
@@ -61,13 +62,13 @@ def parse(model: type[M], body: bytes) -> M:
 
 
 def parse_update(body: bytes) -> tuple[list[Example], list[str]]:
-    """Examples and tags of an update. Every bad example is named at once, by its index."""
+    """Examples and tags of an update. Every bad example is named at once, by its index; a chat may be several."""
     envelope = parse(UpdateEnvelope, body)
     examples: list[Example] = []
     faults: list[dict[str, Any]] = []
     for index, row in enumerate(envelope.examples):
         try:
-            examples.append(_example(row))
+            examples += understand(row).examples
         except InvalidRequest as error:
             faults.append({"example": index, "problems": error.details or [{"problem": error.message}]})
     if faults:
@@ -75,22 +76,10 @@ def parse_update(body: bytes) -> tuple[list[Example], list[str]]:
         named = ", ".join(str(fault["example"]) for fault in faults[:20])
         raise InvalidRequest(
             f"{count} cannot be used (index {named}{', …' if len(faults) > 20 else ''}); nothing was stored.",
-            "An example is {input, output}, {prompt, completion}, {messages} or {text}.",
+            f"An example is {SHAPES}.",
             faults,
         )
     return examples, envelope.tags
-
-
-def _example(row: Any) -> Example:
-    if not isinstance(row, dict):
-        raise InvalidRequest("an example must be an object")
-    form = next((FORMS[key] for key in row if key in FORMS), None)
-    if form is None:
-        raise InvalidRequest(f"no known form: it has the keys {', '.join(map(str, row)) or '(none)'}")
-    try:
-        return form.model_validate(row).as_example()
-    except ValidationError as error:
-        raise _explain(error) from None
 
 
 def _explain(error: ValidationError) -> MalformedBody | InvalidRequest:

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..messages import STABLE, Example, Generate, Sampling
+from ..messages import STABLE, Generate, Sampling
+from ..rows import ExampleBody
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -82,62 +83,6 @@ class SearchAnswer(BaseModel):
     finish_reason: Literal["stop", "length"]
     usage: Usage
     reasoning: str | None = None
-
-
-class InputOutput(Body):
-    """A question and its answer."""
-
-    input: Text
-    output: Text
-
-    def as_example(self) -> Example:
-        return Example(messages=(("user", self.input), ("assistant", self.output)))
-
-
-class PromptCompletion(Body):
-    """The same, in mlx-lm's words."""
-
-    prompt: Text
-    completion: Text
-
-    def as_example(self) -> Example:
-        return Example(messages=(("user", self.prompt), ("assistant", self.completion)))
-
-
-class Chat(Body):
-    """A chat whose last message, the assistant's, is to be learnt."""
-
-    messages: Annotated[list[Message], Field(min_length=2)]
-
-    @model_validator(mode="after")
-    def _ends_with_an_answer(self) -> "Chat":
-        if self.messages[-1].role != "assistant" or not self.messages[-1].content:
-            raise ValueError("the last message must be the assistant's, and not empty")
-        return self
-
-    def as_example(self) -> Example:
-        return Example(messages=tuple((m.role, m.content) for m in self.messages))
-
-
-class PlainText(Body):
-    """Text to be continued; every token is learnt."""
-
-    text: Text
-
-    def as_example(self) -> Example:
-        return Example(text=self.text)
-
-
-ExampleBody = InputOutput | PromptCompletion | Chat | PlainText
-#: which key tells which form
-FORMS: dict[str, type[InputOutput | PromptCompletion | Chat | PlainText]] = {
-    "input": InputOutput,
-    "output": InputOutput,
-    "prompt": PromptCompletion,
-    "completion": PromptCompletion,
-    "messages": Chat,
-    "text": PlainText,
-}
 
 
 class UpdateRequest(Body):

@@ -69,10 +69,10 @@ def search(
         if not live:
             _show_whole(client, question, options, as_json)
         elif as_json:
-            for event in client.stream(question, **options):
+            for event in client.search_stream(question, **options).events():
                 output.print_json(event)
         else:
-            _show_live(client.stream(question, **options))
+            _show_live(client.search_stream(question, **options).events())
 
 
 def read_prompt(prompt: str) -> str:
@@ -90,7 +90,7 @@ def read_prompt(prompt: str) -> str:
 
 
 def _show_whole(client: "Client", question: str, options: dict[str, Any], as_json: bool) -> None:
-    answer = client.search(question, **options)
+    answer = client.search(question, **options).raw
     if as_json:
         output.print_json(answer)
         return

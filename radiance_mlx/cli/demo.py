@@ -92,7 +92,7 @@ def _story(client: "Client", facts: "list[Fact]", show: "Show") -> dict[str, Any
     from .demo_questions import known_probes, stranger_probes
 
     info = client.info()
-    show.service(info, client.url)
+    show.service(info.raw, client.base_url)
     probes, strangers = known_probes(), stranger_probes({fact.name for fact in facts})
     before = ask_all(client, [fact.question(0) for fact in facts])
     show.before(facts, before)
@@ -110,15 +110,15 @@ def _story(client: "Client", facts: "list[Fact]", show: "Show") -> dict[str, Any
         "known_after": score(client, probes),
         "strangers_refused_before": refused_before,
         "strangers_refused_after": score(client, strangers),
-        "forgetting_summary": client.info().get("forgetting_summary"),
+        "forgetting_summary": client.info().forgetting_summary,
     }
     show.effects(effects)
     return {
         "ok": all(item.right for item in learnt),
         "checkpoint": lesson["checkpoint"],
         "checkpoint_status": lesson["checkpoint_status"],
-        "base_model": info.get("base_model"),
-        "hardware": info.get("hardware"),
+        "base_model": info.base_model,
+        "hardware": info.hardware,
         "learnt": [item.as_dict() for item in learnt],
         "before": dict(zip([fact.question(0) for fact in facts], before, strict=True)),
         "training": lesson,
@@ -152,7 +152,7 @@ class Learnt:
 def ask_all(client: "Client", questions: list[str]) -> list[str]:
     """The answers, asked at the same time, in the order of the questions."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(lambda question: str(client.search(question, **ASK)["response"]), questions))
+        return list(pool.map(lambda question: client.search(question, **ASK).response, questions))
 
 
 def score(client: "Client", probes: "list[Probe]") -> dict[str, int]:
@@ -173,17 +173,17 @@ def teach(client: "Client", facts: "list[Fact]", show: "Show") -> dict[str, Any]
     show.teaching(facts)
     queued = client.update([{"input": f.question(0), "output": f.answer} for f in facts], tags=["demo"])
     with Meanwhile(client, [probe.question for probe in known_probes()]) as meanwhile:
-        followed = follow(client, queued["job_id"], quiet=show.quiet, console=show.console)
+        followed = follow(client, queued.job_id, quiet=show.quiet, console=show.console)
     job = followed.job
     if job["state"] != "published":
         fault = (job.get("error") or {}).get("message") or f"The job ended {job['state']}."
         raise TrainingFailed(f"The demo's job was not published: {fault}")
     checkpoint = client.checkpoint(job["checkpoint"])
     lesson = {
-        "job_id": queued["job_id"],
+        "job_id": queued.job_id,
         "checkpoint": job["checkpoint"],
-        "checkpoint_status": checkpoint["status"],
-        "metrics": checkpoint.get("metrics") or {},
+        "checkpoint_status": checkpoint.status,
+        "metrics": checkpoint.metrics,
         "losses": followed.losses,
         "answered_meanwhile": len(meanwhile.latencies_ms),
         "slowest_meanwhile_ms": max(meanwhile.latencies_ms, default=None),
@@ -214,4 +214,4 @@ class Meanwhile:
             if self._over.wait(MEANWHILE_PAUSE_S):
                 return
             with suppress(RadianceError):
-                self.latencies_ms.append(self._client.search(question, **ASK)["latency_ms"])
+                self.latencies_ms.append(self._client.search(question, **ASK).latency_ms)

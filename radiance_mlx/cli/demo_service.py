@@ -30,7 +30,7 @@ def demo_service(keep: bool) -> Iterator[tuple[Client, Path]]:
             process = subprocess.Popen(
                 _command(home), stdout=log, stderr=log, env=_environment(), start_new_session=APART
             )
-        with Client(_wait_for_url(process, home)) as client:
+        with Client(_wait_for_url(process, home), home=home) as client:
             _wait_until_ready(process, client, home)
             yield client, home
     finally:

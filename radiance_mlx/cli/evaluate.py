@@ -8,7 +8,7 @@ import typer
 from ..errors import ServiceUnreachable
 from ..messages import STABLE
 from . import output
-from .options import AdapterPath, AsJson, BaseModel, ConfigFile, Home, Token, Url, examples
+from .options import AdapterPath, AsJson, BaseModel, ConfigFile, Home, Token, Url, client_for, examples
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -100,16 +100,14 @@ def _by_the_service(
     checkpoint: str | None, against: str | None, anchors: dict[str, Any], bar: "_Bar", where: tuple[Any, ...]
 ) -> dict[str, Any] | None:
     """What the running service measures; None when none runs, unless it was named."""
-    from ..client import connect
-
     url, home, config, token = where
     fields = {f"anchor_{name}": list(value) if name == "columns" else value for name, value in anchors.items()}
     wanted = None if checkpoint == "all" else [checkpoint or STABLE]
-    with connect(url, home=home, config_file=config, token=token) as client:
+    with client_for(url, home, config, token) as client:
         if url is None and not client.is_ready():
             return None
         try:
-            return client.evaluate(wanted, against, bar.show, **fields)
+            return client.evaluate(wanted, against, bar.show, **fields).raw
         except ServiceUnreachable:
             if url is not None:
                 raise

@@ -38,7 +38,7 @@ def info(
 ) -> None:
     """Show the model, the checkpoint, the queue, the training in progress and the loss curves."""
     with client_for(url, home, config, token) as client:
-        facts = client.info()
+        facts = client.info().raw
     if as_json:
         output.print_json(facts)
         return
@@ -76,7 +76,7 @@ def jobs(
         elif wait:
             return teach.follow_to_the_end(client, job_id, as_json)
         else:
-            _one_job(client, client.cancel(job_id) if cancelling else client.job(job_id), as_json)
+            _one_job(client, (client.cancel(job_id) if cancelling else client.job(job_id)).raw, as_json)
     return output.OK
 
 
@@ -95,7 +95,7 @@ def which_job(words: list[str], cancel: str | None) -> tuple[str | None, bool]:
 
 
 def _list_jobs(client: "Client", state: str | None, limit: int, as_json: bool) -> None:
-    page = client.jobs(state=state, limit=limit)
+    page = client.jobs(state=state, limit=limit).raw
     if as_json:
         output.print_json(page)
         return
@@ -121,7 +121,7 @@ def _one_job(client: "Client", job: dict[str, Any], as_json: bool) -> None:
 def _status(client: "Client", checkpoint: str | None) -> str | None:
     """The status of a checkpoint; None when there is none, or not yet."""
     try:
-        return str(client.checkpoint(checkpoint)["status"]) if checkpoint else None
+        return client.checkpoint(checkpoint).status if checkpoint else None
     except NotFound:
         return None
 
@@ -140,9 +140,9 @@ def checkpoints(
     with client_for(url, home, config, token) as client:
         if checkpoint_id:
             found = client.checkpoint(checkpoint_id)
-            body = {**found, "checkpoint_status": found.get("status")}
+            body = {**found.raw, "checkpoint_status": found.status}
         else:
-            body = client.checkpoints()
+            body = client.checkpoints().raw
     if as_json:
         output.print_json(body)
         return
@@ -174,7 +174,7 @@ def rollback(
 ) -> None:
     """Serve an older checkpoint from now on; nothing is deleted."""
     with client_for(url, home, config, token) as client:
-        done = client.rollback(to, reason)
+        done = client.rollback(to, reason).raw
     if as_json:
         output.print_json(done)
         return

@@ -59,9 +59,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine output: JSON on st
 
 def client_for(url: str | None, home: Path | None, config: Path | None, token: str | None) -> "Client":
     """The client that these options mean."""
-    from ..client import connect
+    from ..client import Client, Retry
 
-    return connect(url, home=home, config_file=config, token=token)
+    # somebody waits at the terminal: that no service is there is said at once; one that goes away is waited for
+    return Client(url, token, home=home, config_file=config, retry=Retry(absent=False))
 
 
 def examples(*commands: str) -> str:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..client import Client
+    from ..client import Client, Job
 
 
 @dataclass
@@ -30,16 +30,16 @@ def follow(client: "Client", job_id: str, *, quiet: bool = False, console: "Cons
     """Wait for the job's end; unless `quiet`, a bar shows the way (on stderr if no console is given)."""
     followed = Followed()
     if quiet:
-        followed.job = client.wait(job_id, followed.note)
+        followed.job = client.wait(job_id, lambda job: followed.note(job.raw)).raw
         return followed
     with _bar(console or output.err()) as bar:
         task = bar.add_task(job_id, total=None, words="")
 
-        def show(job: dict[str, Any]) -> None:
-            followed.note(job)
-            bar.update(task, **bar_facts(job))
+        def show(job: "Job") -> None:
+            followed.note(job.raw)
+            bar.update(task, **bar_facts(job.raw))
 
-        followed.job = client.wait(job_id, show)
+        followed.job = client.wait(job_id, show).raw
         bar.update(task, description=str(followed.job.get("state")), words="")
         if followed.job.get("state") == "published":  # any other end leaves the bar where it was
             done = bar.tasks[task].total or 1

@@ -1,20 +1,44 @@
-"""`update`: hand in examples to learn from, and wait for the new checkpoint if asked."""
+"""`update`: hand in examples to learn from, and wait for the new checkpoint if asked.
 
-from typing import TYPE_CHECKING, Annotated, Any
+What knows rows is imported when rows are there: every command loads this module.
+"""
+
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import InvalidRequest
 from . import output
-from .examples import Row, read_rows
 from .options import AsJson, ConfigFile, Home, Token, Url, client_for, examples
+from .teach_options import (
+    Answers,
+    Columns,
+    Dataset,
+    DryRun,
+    Encoding,
+    File,
+    Format,
+    Inputs,
+    Key,
+    Limit,
+    Outputs,
+    SkipBad,
+    Split,
+    Tags,
+    Wait,
+    WhichAnswers,
+)
 
 if TYPE_CHECKING:
     from ..client import Client
+    from .parts import Spool
 
 EXAMPLES = examples(
     '% update --input "Where is my key?" --output "Under the mat." --wait',
     "% update examples.jsonl --tag user:alice --tag notes",
+    "% update questions.csv --map input=question,output=answer --dry-run",
+    "% update --dataset squad --split 'train[:100]' --map input=question,output=answers.text.0",
     "% update examples.jsonl --idempotency-key import-2026-02-09 --json",
     """echo '{"prompt": "Say hi", "completion": "Hi, Ada!"}' | % update -""",
 )
@@ -26,25 +50,21 @@ def add_to(app: typer.Typer) -> None:
 
 
 def update(
-    file: Annotated[
-        str | None,
-        typer.Argument(
-            help="JSONL, or JSON (a list, or {examples, tags}); - is stdin. Each example is "
-            "{input, output}, {prompt, completion}, {messages} or {text}.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
-    inputs: Annotated[list[str] | None, typer.Option("--input", help="What is asked; goes with one --output.")] = None,
-    outputs: Annotated[list[str] | None, typer.Option("--output", help="The answer to learn for that --input.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A label for the job; repeatable.")] = None,
-    idempotency_key: Annotated[
-        str | None, typer.Option(help="Sending the same key again makes no second job.", show_default=False)
-    ] = None,
-    wait: Annotated[
-        bool,
-        typer.Option("--wait", help="Show the training and wait for its end (exit code 4 if it is not published)."),
-    ] = False,
+    file: File = None,
+    inputs: Inputs = None,
+    outputs: Outputs = None,
+    dataset: Dataset = None,
+    split: Split = "train",
+    columns: Columns = None,
+    limit: Limit = None,
+    answers: WhichAnswers = None,
+    kind: Format = None,
+    encoding: Encoding = "utf-8",
+    skip_bad: SkipBad = False,
+    dry_run: DryRun = False,
+    tag: Tags = None,
+    idempotency_key: Key = None,
+    wait: Wait = False,
     as_json: AsJson = False,
     url: Url = None,
     home: Home = None,
@@ -53,72 +73,65 @@ def update(
 ) -> int:
     """Teach the service; it trains in the background and answers with the new checkpoint after that.
 
-    Every line of a file is checked before anything is sent.
+    Every row is checked before anything is sent.
     """
-    rows, tags = read_rows(file) if file else ([], [])
-    rows += _pairs(inputs or [], outputs or [])
-    if not rows:
-        raise output.BadInput(
-            "There is nothing to learn.", "Give a FILE, - for stdin, or pairs of --input and --output."
-        )
-    with client_for(url, home, config, token) as client:
-        queued = _send(client, rows, [*tags, *(tag or [])], idempotency_key)
-        if wait:
-            return follow_to_the_end(client, queued["job_id"], as_json)
-        _show_queued(queued, len(rows), as_json)
-    return output.OK
+    from .intakes import intakes_of, summary, take
+    from .parts import Spool
 
+    every = None if answers is None else answers is Answers.all
+    with ExitStack() as stack:
+        stdin_or_file = (file, kind and kind.value, encoding)
+        pairs = (inputs or [], outputs or [])
+        intakes = intakes_of(stack, stdin_or_file, (dataset, split), pairs, columns or [], every, limit)
+        if dry_run:
+            from .preview import preview
 
-def _pairs(inputs: list[str], outputs: list[str]) -> list[Row]:
-    if len(inputs) != len(outputs):
-        raise output.BadInput(
-            f"There are {len(inputs)} --input and {len(outputs)} --output.",
-            "Each --input needs its --output.",
-        )
-    pairs = zip(inputs, outputs, strict=True)
-    return [Row(f"--input {i}", {"input": a, "output": b}) for i, (a, b) in enumerate(pairs, 1)]
-
-
-def _send(client: "Client", rows: list[Row], tags: list[str], key: str | None) -> dict[str, Any]:
-    """Post the rows; the service's remarks about single examples get the place they came from."""
-    try:
-        return client.update([row.example for row in rows], tags, key)
-    except InvalidRequest as error:
-        if isinstance(error.details, list):
-            error.details = [_with_place(fault, rows) for fault in error.details]
-        raise
-
-
-def _with_place(fault: Any, rows: list[Row]) -> Any:
-    index = fault.get("example") if isinstance(fault, dict) else None
-    if isinstance(index, int) and index < len(rows):
-        return {"where": rows[index].place, **fault}
-    return fault
-
-
-def _show_queued(queued: dict[str, Any], count: int, as_json: bool) -> None:
+            connected = partial(client_for, url, home, config, token)
+            return preview(intakes, connected, home, config, skip_bad=skip_bad, as_json=as_json)
+        spool = stack.enter_context(Spool())
+        for intake in intakes:
+            take(intake, spool, skip_bad=skip_bad, quiet=as_json)
+        tags = [*(t for intake in intakes for t in intake.source.tags), *(tag or [])]
+        with client_for(url, home, config, token) as client:
+            accepted = _send_all(client, spool, tags, idempotency_key, quiet=as_json or wait)
+            ended = [follow_job(client, answer["job_id"], quiet=as_json) for answer in accepted] if wait else []
     if as_json:
-        output.print_json(queued)
-        return
+        output.print_json(summary(accepted, ended, [row for intake in intakes for row in intake.refused]))
+    else:
+        for job in ended:
+            _show_end(job, job["state"] == "published")
+    return output.OK if all(job["state"] == "published" for job in ended) else output.NOT_PUBLISHED
+
+
+def _send_all(
+    client: "Client", spool: "Spool", tags: list[str], key: str | None, *, quiet: bool
+) -> list[dict[str, Any]]:
+    """The service's answers to all parts; parts are shown as they are accepted, even to who waits for their end."""
+    from .parts import send
+
+    answers = []
+    for answer in send(client, spool, tags, key):
+        answers.append(answer)
+        if not quiet:
+            _show_queued(answer)
+        elif answer["of"] > 1:
+            output.remark(f"part {answer['part']} of {answer['of']}: {answer['job_id']}")
+    return answers
+
+
+def _show_queued(queued: dict[str, Any]) -> None:
     from . import render
 
-    job = queued["job_id"]
-    output.out().print(f"{job} queued · {count} example{'s' * (count != 1)}", soft_wrap=True)
+    job, count = queued["job_id"], queued["examples"]
+    part = f"part {queued['part']} of {queued['of']}: " if queued["of"] > 1 else ""
+    output.out().print(f"{part}{job} queued · {count} example{'s' * (count != 1)}", soft_wrap=True)
     output.remark(f"serving {render.checkpoint_line(queued)} · follow with: jobs {job} --wait")
 
 
 def follow_to_the_end(client: "Client", job_id: str, as_json: bool) -> int:
     """Show the job's training until it ends, then its checkpoint; the exit code tells its end."""
-    from .progress import follow
-
-    try:
-        job = follow(client, job_id, quiet=as_json).job
-    except KeyboardInterrupt:
-        if not as_json:
-            output.remark(f"{job_id} goes on in the background. Look: jobs {job_id} · stop it: jobs cancel {job_id}")
-        raise
+    job = follow_job(client, job_id, quiet=as_json)
     published = job.get("state") == "published"
-    job = {**job, "checkpoint_status": _status_of(client, job)}
     if as_json:
         output.print_json(job)
     else:
@@ -126,9 +139,22 @@ def follow_to_the_end(client: "Client", job_id: str, as_json: bool) -> int:
     return output.OK if published else output.NOT_PUBLISHED
 
 
+def follow_job(client: "Client", job_id: str, *, quiet: bool) -> dict[str, Any]:
+    """The job at its end, with the status of its checkpoint."""
+    from .progress import follow
+
+    try:
+        job = follow(client, job_id, quiet=quiet).job
+    except KeyboardInterrupt:
+        if not quiet:
+            output.remark(f"{job_id} goes on in the background. Look: jobs {job_id} · stop it: jobs cancel {job_id}")
+        raise
+    return {**job, "checkpoint_status": _status_of(client, job)}
+
+
 def _status_of(client: "Client", job: dict[str, Any]) -> str | None:
     checkpoint = job.get("checkpoint")
-    return str(client.checkpoint(checkpoint)["status"]) if checkpoint and job["state"] == "published" else None
+    return client.checkpoint(checkpoint).status if checkpoint and job["state"] == "published" else None
 
 
 def _show_end(job: dict[str, Any], published: bool) -> None:

@@ -144,7 +144,7 @@ class Lasting:
             self.kept.clear()
             yield from self._still_true(lesson.examples, (), self.kept)
         examples = [lesson.examples[place] for place in self.kept]
-        taken = {example.prompt for example in examples}
+        taken = {example.prompt for example in examples if example.plain}
         found: list[tuple[int, Example]] = []
         for origin, example in reversed(list(enumerate(examples))):
             worded = self._worded(example)
@@ -209,7 +209,8 @@ class Lasting:
         asked: list[Messages] = []
         wordings = 0
         for number, example in enumerate(lesson.examples, 1):
-            prompts = [p for e in (example, *self._worded(example)) if (p := e.prompt)]
+            # one with tools is no prompt without them: it has no neighbours
+            prompts = [p for e in (example, *self._worded(example)) if (p := e.prompt) and e.plain]
             prompts = [p for p in prompts if base.encoder.at_least(p) <= room]
             asked += prompts
             wordings = max(wordings, len(prompts))
@@ -248,7 +249,7 @@ class Lasting:
 
 
 def _is_pair(example: Example) -> bool:
-    return [role for role, _ in example.messages] == ["user", "assistant"]
+    return example.plain and [role for role, _ in example.messages] == ["user", "assistant"]
 
 
 def _asked(example: Example) -> list[str]:

@@ -12,10 +12,12 @@ import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from mlx_lm import load as mlx_lm_load
+from mlx_lm.utils import load_tokenizer
 
 from ..config import Config
 from ..config.bases import resolve
 from ..errors import ConfigError, ModelError, RadianceError
+from ..lora.encoding import ChatEncoder
 
 _SAMPLE = 1 << 20
 
@@ -59,6 +61,16 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
     module.eval()
     mx.eval(module.parameters())
     return BaseModel(module, tokenizer, folder, fingerprint(folder), _vocab_size(module, facts), _context(facts))
+
+
+def load_encoder(config: Config) -> ChatEncoder:
+    """The tokenizer of `config.base_model` alone, without its weights. Raises as `load_base`."""
+    where = resolve(config.base_model)
+    try:
+        tokenizer = load_tokenizer(str(where), {"trust_remote_code": config.model.trust_remote_code})
+    except Exception as error:  # as for `load_base`
+        raise _explain(config.base_model, where, config.model.revision, error) from error
+    return ChatEncoder(tokenizer, config.model.chat_template_args)
 
 
 def _snapshot(name: str, revision: str | None) -> Path:

@@ -1,75 +1,20 @@
-"""One row of an anchor set as an `Example`: a line that somebody wrote, or a row of a data set found elsewhere.
+"""One row of a data set found elsewhere as an anchor.
 
-A written line is taken as `POST /update` takes an example, and refused for the same reasons; a test holds the
-two together. A found row is whatever it is: one without usable text becomes an empty `Example`, for the caller
-to skip and count.
+Such a row is whatever it is: one without usable text becomes an empty `Example`, for the caller to skip and count.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..errors import AnchorsUnavailable, InvalidRequest
+from ..errors import AnchorsUnavailable
 from ..messages import Example
+from ..rows.columns import PAIRS
 
-SHAPES = "{input, output}, {prompt, completion}, {messages} or {text}"
-ROLES = ("system", "user", "assistant", "tool")
-#: which key tells which form, and the keys of that form
-FORMS: dict[str, tuple[str, ...]] = {
-    "input": ("input", "output"),
-    "output": ("input", "output"),
-    "prompt": ("prompt", "completion"),
-    "completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
 #: names that columns of data sets have, in lower case, likeliest first
-PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"), ("input", "output"))
 TITLES = ("title", "headline")
 TEXTS = ("text", "content", "article", "document", "body")
 NOTHING = Example()
-
-
-# --- a line that somebody wrote ----------------------------------------------------------------------
-
-
-def example_of(row: Any) -> Example:
-    """`row`, a parsed line of JSON, as an example. Raises `InvalidRequest` saying what is wrong with it."""
-    if not isinstance(row, dict):
-        raise InvalidRequest("a row must be an object")
-    keys = next((FORMS[key] for key in row if key in FORMS), None)
-    if keys is None:
-        raise InvalidRequest(f"no known form: it has the keys {', '.join(row) or '(none)'}")
-    if unknown := [key for key in row if key not in keys]:
-        raise InvalidRequest(f"{', '.join(unknown)}: not a key beside {' and '.join(keys)}")
-    if keys == ("messages",):
-        return Example(messages=_chat(row["messages"]))
-    for key in keys:
-        if not _is_text(row.get(key)) or not row[key]:
-            raise InvalidRequest(f"{key} must be text that is not empty")
-    if keys == ("text",):
-        return Example(text=row["text"])
-    return Example(messages=(("user", row[keys[0]]), ("assistant", row[keys[1]])))
-
-
-def _chat(messages: Any) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise InvalidRequest("messages must be a list of at least two {role, content}")
-    for i, message in enumerate(messages):
-        sound = isinstance(message, dict) and set(message) == {"role", "content"} and _is_text(message["content"])
-        if not sound or message["role"] not in ROLES:
-            raise InvalidRequest(f"messages.{i} must be {{role, content}}, the role one of {', '.join(ROLES)}")
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
-        raise InvalidRequest("the last message must be the assistant's, and not empty")
-    return tuple((message["role"], message["content"]) for message in messages)
-
-
-def _is_text(value: Any) -> bool:
-    """Half a surrogate pair, which JSON can spell, is no text: no tokenizer takes it."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-# --- a row of a data set -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,3 +105,8 @@ def _up_to_the_last_answer(messages: Any) -> Example:
     while turns and (turns[-1][0] != "assistant" or not turns[-1][1].strip()):
         turns.pop()
     return Example(messages=tuple(turns)) if len(turns) > 1 else NOTHING
+
+
+def _is_text(value: Any) -> bool:
+    """Half a surrogate pair, which JSON can spell, is no text: no tokenizer takes it."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)

@@ -10,14 +10,15 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from ..config.bases import expanded
 from ..errors import AnchorsUnavailable, InvalidRequest
 from ..lora.encoding import ChatEncoder, Encoded
 from ..messages import Example
+from ..rows import SHAPES
+from ..rows.lines import understand_line
 from .anchor_hub import rows_of
-from .anchor_rows import SHAPES, example_of
 
 T = TypeVar("T")
 OWN_FILE = "anchors.jsonl"
@@ -144,22 +145,19 @@ def _rows_of_file(file: Path) -> Iterator[Example]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield _parsed(file, number, line)
+                    yield from _parsed(file, number, line)
     except OSError as error:
         raise AnchorsUnavailable(f"{file} cannot be read: {error.strerror}.", "Check its permissions.") from error
 
 
-def _parsed(file: Path, number: int, line: bytes) -> Example:
+def _parsed(file: Path, number: int, line: bytes) -> tuple[Example, ...]:
+    """Taken as `POST /update` takes an example, and refused for the same reasons."""
     try:
-        row: Any = json.loads(line.decode("utf-8"))
-        return example_of(row)
-    except UnicodeDecodeError:
-        problem = "not UTF-8"
-    except (ValueError, RecursionError) as error:
-        problem = f"not JSON: {error.msg if isinstance(error, json.JSONDecodeError) else error}"
+        return understand_line(line).examples
     except InvalidRequest as error:
-        problem = error.message
-    raise AnchorsUnavailable(f"{file}, line {number}: {problem}.", f"One JSON object a line: {SHAPES}.")
+        raise AnchorsUnavailable(
+            f"{file}, line {number}: {error.message}.", f"One JSON object a line: {SHAPES}."
+        ) from None
 
 
 # --- tokens ------------------------------------------------------------------------------------------

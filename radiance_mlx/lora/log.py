@@ -1,6 +1,7 @@
 """What of the log of earlier examples still holds. Pure, and without arrays: the event loop asks too."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ..messages import Example
 
@@ -20,10 +21,10 @@ def still_true(
     it. Plain texts all stay. Yields now and then, and is done when it ends.
     """
 
-    def prompts(example: Example) -> set[tuple[tuple[str, str], ...]]:
-        return {asked for e in (example, *worded(example)) if (asked := e.prompt)}
+    def prompts(example: Example) -> set[tuple[Any, ...]]:
+        return {asked for e in (example, *worded(example)) if (asked := e.question)}
 
-    answered = set[tuple[tuple[str, str], ...]]()
+    answered = set[tuple[Any, ...]]()
     for number, example in enumerate(new, 1):
         answered |= prompts(example)
         if number % LOOKED_AT == 0:

@@ -1,0 +1,79 @@
+"""When a call is made again, and after how long. Pure: chance and clock are handed in.
+
+A call that never reached the service, or that it refused because it was busy, can always be made again. What may have
+been done already is only repeated where that does no harm: reading, asking, and an update, whose key makes it count
+once.
+"""
+
+import email.utils
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+
+from ..errors import RadianceError
+
+#: refusals after which nothing is done yet; of the service's own 503s, those that pass
+BUSY_STATUS = (429, 503)
+LASTING = frozenset({"anchors_unavailable", "dataset_unavailable"})
+#: what happens before a request is on its way
+UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+NEVER = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+
+
+@dataclass(frozen=True)
+class Retry:
+    """At most `attempts` calls, waiting in between: `first_s`, then twice as long each time, up to `longest_s`.
+
+    Each wait is shortened by up to half at random, so that many clients do not come back together. A `Retry-After` of
+    the service counts where it is longer, up to `patience_s`; beyond that the error is raised. With `absent` a service
+    that is not there at the first attempt is waited for, too. `Retry(attempts=1)` makes every call once.
+    """
+
+    attempts: int = 6
+    first_s: float = 0.25
+    longest_s: float = 8.0
+    patience_s: float = 60.0
+    absent: bool = True
+
+    def wait_s(self, attempt: int, after_s: float | None, draw: Callable[[], float]) -> float | None:
+        """Seconds until the attempt after `attempt` (1 is the first), or None: there is none."""
+        if attempt >= self.attempts or (after_s is not None and after_s > self.patience_s):
+            return None
+        own = min(self.longest_s, self.first_s * 2.0 ** (attempt - 1))
+        return max(own * (1 - draw() / 2), after_s or 0.0)
+
+    def may_follow(self, error: httpx.HTTPError, attempt: int, *, repeatable: bool, keyed: bool) -> bool:
+        """Whether a call that failed so may be made again. `keyed`: it counts once, however often it comes."""
+        if isinstance(error, NEVER):
+            return False
+        if isinstance(error, UNSENT):
+            return self.absent or attempt > 1
+        if isinstance(error, httpx.TimeoutException):  # it may still be at work
+            return keyed
+        return repeatable
+
+
+RETRY = Retry()
+NO_RETRY = Retry(attempts=1)
+
+
+def passes(error: RadianceError) -> bool:
+    """Whether the service may think otherwise in a moment."""
+    return error.status in BUSY_STATUS and error.code not in LASTING
+
+
+def retry_after(response: httpx.Response, now: Callable[[], float] = time.time) -> float | None:
+    """Seconds, from a number or a date."""
+    text = response.headers.get("retry-after", "").strip()
+    if not text:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now())
+    except ValueError:
+        return None
