@@ -5,21 +5,23 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from .. import __version__
-from .routes import TABLE, RouteFacts
-from .schemas import ErrorAnswer
+from . import routes
+from .routing import RouteFacts
+from .v1 import table
 
 OWN_PATH = "/openapi.json"
+TABLE = (*routes.TABLE, *table.TABLE)
 _REF = "#/components/schemas/{model}"
 
 
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of every route."""
-    models = {facts.answer for facts in TABLE} | {facts.body for facts in TABLE if facts.body} | {ErrorAnswer}
+    models = {model for facts in TABLE for model in (facts.answer, facts.body, facts.error) if model}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(m, "validation") for m in ordered], ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
     for facts in TABLE:
-        paths.setdefault(facts.path, {})[facts.method.lower()] = _operation(facts)
+        paths.setdefault(shown(facts.path), {})[facts.method.lower()] = _operation(facts)
     paths[OWN_PATH] = {
         "get": {
             "summary": "This document.",
@@ -40,13 +42,13 @@ def document() -> dict[str, Any]:
 
 def _operation(facts: RouteFacts) -> dict[str, Any]:
     responses = {str(facts.status): _content("OK", _ref(facts.answer.__name__))}
-    if facts.path == "/search":
+    if facts.streams:
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     if facts.handler.__name__ == "cancel_job":
         responses["202"] = _content("Its training is being stopped", _ref("Job"))
     unready = facts.path == "/readyz"
     for status in (*facts.errors, *(() if facts.path.endswith("z") else (401, 403))):
-        responses[str(status)] = _content("Error", _ref("Health" if unready else "ErrorAnswer"))
+        responses[str(status)] = _content("Error", _ref("Health" if unready else facts.error.__name__))
     operation: dict[str, Any] = {
         "summary": (facts.handler.__doc__ or "").strip(),
         "operationId": facts.handler.__name__,
@@ -59,17 +61,23 @@ def _operation(facts: RouteFacts) -> dict[str, Any]:
 
 
 def _parameters(facts: RouteFacts) -> list[dict[str, Any]]:
-    in_path = [part[1:-1] for part in facts.path.split("/") if part.startswith("{")]
+    in_path = [part[1:-1] for part in shown(facts.path).split("/") if part.startswith("{")]
     parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in in_path
     ]
     parameters += [
-        {"name": name, "in": "query", "required": False, "schema": {"type": kind}} for name, kind in facts.query.items()
+        {"name": name, "in": "query", "required": False, "schema": {"type": kind} if isinstance(kind, str) else kind}
+        for name, kind in facts.query.items()
     ]
     if facts.path == "/update":
         schema = {"type": "string", "minLength": 1, "maxLength": 255}
         parameters.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": schema})
     return parameters
+
+
+def shown(path: str) -> str:
+    """A route's path without Starlette's word for what may hold slashes."""
+    return path.replace(":path}", "}")
 
 
 def _ref(name: str) -> dict[str, str]:

@@ -92,6 +92,7 @@ class Engine:
             vocab_size=self._base.vocab_size,
             targets=self._targets.paths,
             chat_template=bool(self._base.tokenizer.has_chat_template),
+            tools=self._encoder.takes_tools,
             warnings=tuple(warnings),
             seconds=round(seconds, 3),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequest
-from ..messages import Example
+from ..messages import Example, Tools
 
 Messages = Sequence[tuple[str, str]]
 
@@ -40,10 +40,10 @@ class ChatEncoder:
         """A lower bound of the tokens in `messages`, without encoding them: no token has more characters."""
         return sum(len(content) for _, content in messages) // self._longest
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Tokens of `messages` up to where the answer begins. Raises `InvalidRequest` if the template refuses."""
         if self.tokenizer.has_chat_template:
-            return self._render(messages, add_generation_prompt=True)
+            return list(self._apply(messages, add_generation_prompt=True, tokenize=True, tools=tools))
         return list(self.tokenizer.encode("\n".join(content for _, content in messages)))
 
     def example(self, example: Example, *, mask_prompt: bool = True, max_tokens: int = 2048) -> Encoded:
@@ -90,11 +90,25 @@ class ChatEncoder:
     def _render(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
         return list(self._apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True))
 
-    def _apply(self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool) -> Any:
-        chat = [{"role": role, "content": content} for role, content in messages]
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template shows tools to the model, and mlx-lm knows how it writes calls."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        shown = "tools" in template if isinstance(template, str) else self.tokenizer.has_chat_template
+        return bool(shown and self.tokenizer.has_tool_calling)
+
+    def _apply(
+        self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool, tools: Tools | None = None
+    ) -> Any:
+        chat: list[dict[str, Any]] = [{"role": role, "content": content} for role, content in messages]
+        arguments = dict(self.template_args)
+        if tools is not None:
+            chat = [{**turn, **beside} for turn, beside in zip(chat, tools.beside, strict=True)]
+            if tools.functions:
+                arguments["tools"] = list(tools.functions)
         try:
             return self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **self.template_args
+                chat, add_generation_prompt=add_generation_prompt, tokenize=tokenize, **arguments
             )
         except Exception as error:  # jinja's errors, and whatever a template raises by itself
             raise InvalidRequest(
