@@ -26,7 +26,7 @@ async def addressed(service: Service, model: str, sampling: Sampling) -> Generat
     unknown = [token for token, _ in sampling.logit_bias if token >= facts.vocab_size]
     if unknown:
         raise BadParameter(
-            "logit_bias", f"There is no token {unknown[0]}: this model has {facts.vocab_size}, counted from 0."
+            "logit_bias", f"'logit_bias' names the token {unknown[0]}; this model's are 0 to {facts.vocab_size - 1}."
         )
     return Generate(
         messages=(),

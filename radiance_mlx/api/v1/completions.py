@@ -55,7 +55,9 @@ async def _continuing(service: Service, question: Generate, prompt: str | list[i
     if not tokens:
         raise BadParameter("prompt", "The prompt is empty: there is nothing to continue.")
     if max(tokens) >= service.facts.vocab_size:
-        raise BadParameter("prompt", f"There is no token {max(tokens)}: this model has {service.facts.vocab_size}.")
+        raise BadParameter(
+            "prompt", f"'prompt' has the token {max(tokens)}; this model's are 0 to {service.facts.vocab_size - 1}."
+        )
     return replace(question, prompt=tokens)
 
 
