@@ -16,7 +16,7 @@ _REF = "#/components/schemas/{model}"
 
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of every route."""
-    models = {model for facts in TABLE for model in (facts.answer, facts.body, facts.error) if model}
+    models = {model for facts in TABLE for model in (facts.answer, facts.body, facts.error, facts.chunk) if model}
     ordered = sorted(models, key=lambda model: model.__name__)
     _, schemas = models_json_schema([(m, "validation") for m in ordered], ref_template=_REF)
     paths: dict[str, dict[str, Any]] = {}
@@ -43,7 +43,7 @@ def document() -> dict[str, Any]:
 def _operation(facts: RouteFacts) -> dict[str, Any]:
     responses = {str(facts.status): _content("OK", _ref(facts.answer.__name__))}
     if facts.streams:
-        responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        responses["200"]["content"]["text/event-stream"] = _events(facts)
     if facts.handler.__name__ == "cancel_job":
         responses["202"] = _content("Its training is being stopped", _ref("Job"))
     unready = facts.path == "/readyz"
@@ -58,6 +58,17 @@ def _operation(facts: RouteFacts) -> dict[str, Any]:
     if facts.body is not None:
         operation["requestBody"] = {"required": not facts.body_optional, **_json(_ref(facts.body.__name__))}
     return operation
+
+
+def _events(facts: RouteFacts) -> dict[str, Any]:
+    """A stream is text; each event of it has JSON as its data, and the last one `[DONE]`."""
+    data: dict[str, Any] = {"type": "string"}
+    if facts.chunk is not None:
+        one_of = [_ref(facts.chunk.__name__), _ref(facts.error.__name__)]
+        told = {"contentMediaType": "application/json", "contentSchema": {"anyOf": one_of}}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
+    event = {"type": "object", "required": ["data"], "properties": {"data": data}}
+    return {"itemSchema": event}
 
 
 def _parameters(facts: RouteFacts) -> list[dict[str, Any]]:

@@ -73,4 +73,5 @@ class RouteFacts:
     errors: tuple[int, ...] = ()
     query: dict[str, Any] = field(default_factory=dict)  # name → type, or a whole schema
     streams: bool = False  # may answer as server-sent events instead
+    chunk: type[BaseModel] | None = None  # what such an event's data is, if that is described
     error: type[BaseModel] = schemas.ErrorAnswer

@@ -90,6 +90,39 @@ class ChatCompletion(BaseModel):
     usage: TokenUsage
 
 
+class ToolCallPiece(ToolCallMade):
+    index: int
+
+
+class ChatDelta(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallPiece] | None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+
+
+class ChatCompletionChunk(BaseModel):
+    """A piece of a streamed answer; with `include_usage` the last one has no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[ChatChunkChoice]
+    usage: TokenUsage | None = None
+
+
 class TextLogprobs(BaseModel):
     """In the older form; offsets are characters of the answer."""
 
@@ -104,6 +137,25 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
+
+
+class TextChunkChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextCompletionChunk(BaseModel):
+    """A piece of a streamed answer."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str | None
+    choices: list[TextChunkChoice]
+    usage: TokenUsage | None = None
 
 
 class TextCompletion(BaseModel):

@@ -21,6 +21,7 @@ TABLE: tuple[RouteFacts, ...] = (
         schemas.ChatCompletion,
         body=ChatRequest,
         streams=True,
+        chunk=schemas.ChatCompletionChunk,
         errors=_ASKING,
     ),
     _Route(
@@ -30,6 +31,7 @@ TABLE: tuple[RouteFacts, ...] = (
         schemas.TextCompletion,
         body=CompletionRequest,
         streams=True,
+        chunk=schemas.TextCompletionChunk,
         errors=_ASKING,
     ),
     _Route("GET", "/v1/models", list_models, schemas.ModelList, errors=(503,)),
