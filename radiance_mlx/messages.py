@@ -171,6 +171,19 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """What one job asks of its training, where it differs from the configuration (None: it does not).
+
+    Such a job is a batch of its own. `batch_size` counts the examples of one optimizer step.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr_multiplier: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainBatch:
     """What the engine is to train: the jobs' examples, where to start, which checkpoint it becomes."""
 
@@ -187,6 +200,8 @@ class TrainBatch:
     reconsolidated: bool = False  # `examples` are the whole log: nothing of it is replayed
     max_steps: int | None = None  # None: training.max_steps
     notes: tuple[str, ...] = ()  # for the job and the checkpoint
+    terms: Terms = Terms()
+    validation: tuple[Example, ...] = ()  # measured when all is learnt, and not learnt
 
 
 @dataclass(frozen=True, slots=True)

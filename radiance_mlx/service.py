@@ -28,6 +28,7 @@ from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, Text
 from .scheduler import Scheduler
 from .storage import StoreThread
 from .store import CheckpointRecord, HomeLock, JobRecord
+from .tuning import Tuning
 
 log = structlog.get_logger(__name__)
 
@@ -252,6 +253,11 @@ class Service:
         if running and running.progress and job.job_id in running.jobs and job.state in ("training", "evaluating"):
             return running.progress.as_dict()
         return job.progress
+
+    @property
+    def tuning(self) -> Tuning:
+        """Files and fine-tuning jobs. Raises `NotReady`."""
+        return Tuning(self._require()[0], self._require()[3])
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -12,9 +12,24 @@ PACKAGE = REPOSITORY / "radiance_mlx"
 #: the layers from below; a module may import its own layer and those before it
 LAYERS = (
     ("errors", "messages", "config", "blas", ""),
-    ("models", "store", "lora", "evaluation", "checkpoints", "storage", "earlier", "triggers", "curation", "client"),
+    (
+        *(
+            "models",
+            "store",
+            "lora",
+            "evaluation",
+            "checkpoints",
+            "storage",
+            "earlier",
+            "triggers",
+            "curation",
+            "client",
+        ),
+        "progress",
+    ),
     ("engine",),
     ("lineage", "evaluator", "reconsolidation", "scheduler"),
+    ("tuning",),
     ("service", "offline"),
     ("api", "dashboard"),
     ("cli", "__main__"),
@@ -27,6 +42,7 @@ BESIDE = {
     "checkpoints": {"store"},
     "storage": {"store"},
     "earlier": {"storage", "store"},
+    "progress": {"storage"},
     "evaluation": {"lora"},
     "reconsolidation": {"lineage"},
     "scheduler": {"lineage", "evaluator", "reconsolidation"},

@@ -133,6 +133,7 @@ def test_accept_makes_a_queued_job_with_all_its_fields(store: Store, clock: Cloc
         "body_hash": "h",
         "cancel_requested": False,
         "consolidates": None,
+        "terms": None,
     }
     assert store.job("job_000001") == job
     assert accept(store).job_id == "job_000002"
