@@ -42,6 +42,8 @@ def document() -> dict[str, Any]:
 
 def _operation(facts: RouteFacts) -> dict[str, Any]:
     responses = {str(facts.status): _content("OK", _ref(facts.answer.__name__))}
+    if facts.media != "application/json":
+        responses[str(facts.status)]["content"] = {facts.media: {"schema": {"type": "string", "format": "binary"}}}
     if facts.streams:
         responses["200"]["content"]["text/event-stream"] = _events(facts)
     if facts.handler.__name__ == "cancel_job":
@@ -57,6 +59,8 @@ def _operation(facts: RouteFacts) -> dict[str, Any]:
     }
     if facts.body is not None:
         operation["requestBody"] = {"required": not facts.body_optional, **_json(_ref(facts.body.__name__))}
+    if facts.form is not None:
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": facts.form}}}
     return operation
 
 
@@ -80,7 +84,7 @@ def _parameters(facts: RouteFacts) -> list[dict[str, Any]]:
         {"name": name, "in": "query", "required": False, "schema": {"type": kind} if isinstance(kind, str) else kind}
         for name, kind in facts.query.items()
     ]
-    if facts.path == "/update":
+    if facts.idempotent:
         schema = {"type": "string", "minLength": 1, "maxLength": 255}
         parameters.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": schema})
     return parameters

@@ -160,6 +160,7 @@ TABLE = (
         schemas.UpdateAnswer,
         status=202,
         body=schemas.UpdateRequest,
+        idempotent=True,
         errors=(400, 408, 413, 415, 422, 503, 507),
     ),
     RouteFacts("GET", "/info", info, schemas.Info, errors=(503,)),

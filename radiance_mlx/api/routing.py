@@ -75,3 +75,6 @@ class RouteFacts:
     streams: bool = False  # may answer as server-sent events instead
     chunk: type[BaseModel] | None = None  # what such an event's data is, if that is described
     error: type[BaseModel] = schemas.ErrorAnswer
+    form: dict[str, Any] | None = None  # the schema of a body in parts, in the place of `body`
+    media: str = "application/json"  # of the answer
+    idempotent: bool = False  # whether an Idempotency-Key is honoured

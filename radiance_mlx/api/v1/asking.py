@@ -42,6 +42,8 @@ async def checkpoint_of(service: Service, model: str) -> str:
         return STABLE
     if model == BASE:
         return BASE
+    if ":" in model and (named := (await service.tuning.names()).get(model)) is not None:
+        return named
     try:
         return (await service.checkpoint(model)).checkpoint
     except NotFound:

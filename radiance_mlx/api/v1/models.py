@@ -22,7 +22,10 @@ async def list_models(request: Request) -> Response:
     service = service_of(request)
     records = [r for r in await service.checkpoints() if not r.pruned and r.damaged is None]
     moving = [_moving(service, name) for name in dict.fromkeys((STABLE, service.config.base_model, BASE, TRAINING))]
-    data = [*moving, *(_kept(record) for record in reversed(records))]
+    kept = {record.checkpoint: _kept(record) for record in reversed(records)}
+    names = await service.tuning.names()
+    named = [{**kept[checkpoint], "id": name} for name, checkpoint in names.items() if checkpoint in kept]
+    data = [*moving, *named, *kept.values()]
     return JSONResponse({"object": "list", "data": data}, headers=shapes.headers(*service.current))
 
 
@@ -32,7 +35,7 @@ async def get_model(request: Request) -> Response:
     model = request.path_params["model"]
     checkpoint = await checkpoint_of(service, model)
     moves = checkpoint in (STABLE, BASE)
-    found = _moving(service, model) if moves else _kept(await service.checkpoint(checkpoint))
+    found = _moving(service, model) if moves else {**_kept(await service.checkpoint(checkpoint)), "id": model}
     return JSONResponse(found, headers=shapes.headers(*service.current))
 
 
