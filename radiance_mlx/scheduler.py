@@ -230,8 +230,8 @@ class Scheduler:
             await self._store(lambda s: s.put_aside(running.jobs[0], why))
             log.info("put aside", checkpoint=running.checkpoint, why=why)
         elif running.pausing == set(running.jobs) and len(running.jobs) == 1:
-            await self._store(lambda s: s.hold(running.jobs[0]))
-            return  # what is kept of it stays: it goes on from there
+            if await self._store(lambda s: s.hold(running.jobs[0])):
+                return  # what is kept of it stays: it goes on from there
         else:
             queued = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
             await self._store(lambda s: [s.pause(job) for job in running.pausing & set(queued)])

@@ -12,7 +12,7 @@ from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
 from radiance_mlx.api.rows import examples_of
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
-from radiance_mlx.errors import InvalidRequest
+from radiance_mlx.errors import Conflict, InvalidRequest
 from radiance_mlx.messages import Example, Terms, TrainBatch
 
 #: updates wait for company; what has terms of its own does not
@@ -194,18 +194,42 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(tmp_path):
             jobs.resume(job.id)
 
 
-def test_paused_before_it_trains_it_waits_and_cancelled_it_is_gone(started):
-    """What was accepted after it goes before it; its kept state does not outlive it."""
+def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(started):
+    """Its parent is another one then. Paused while it waits, it waits on; cancelled, nothing of it is kept."""
+    jobs = started.client.fine_tuning.jobs
     held = create(started.client, FACTS[0], hyperparameters=ENDLESS)
-    started.service.wait_for_step(1)
-    assert started.client.fine_tuning.jobs.pause(held.id).status == "paused"
-    kept = list((started.service.home / "state" / "training").iterdir())
-    assert len(kept) == 1
-    other = create(started.client, FACTS[1], hyperparameters={"n_epochs": 1})
-    ended(started.client, other)
-    assert started.client.fine_tuning.jobs.retrieve(held.id).status == "paused"
-    assert started.client.fine_tuning.jobs.cancel(held.id).status == "cancelled"
-    assert not kept[0].exists()
+    before = started.service.wait_for_step(2)
+    assert jobs.pause(held.id).status == "paused"
+    kept = started.service.home / "state" / "training" / before
+    assert kept.exists()
+    other = ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
+    assert jobs.retrieve(held.id).status == "paused"
+    jobs.resume(held.id)
+    after = started.service.wait_for_step(1)
+    assert (after != before, kept.exists()) == (True, False)
+    assert started.service.service._scheduler.running.progress.step < 1000
+    waiting = create(started.client, FACTS[1], hyperparameters=ENDLESS)
+    assert jobs.pause(waiting.id).status == "paused"
+    assert jobs.pause(held.id).status == "paused"
+    kept = started.service.home / "state" / "training" / after
+    assert kept.exists()
+    assert jobs.cancel(held.id).status == jobs.cancel(waiting.id).status == "cancelled"
+    assert not kept.exists()
+    assert started.service.current == other.fine_tuned_model
+
+
+def test_one_of_several_that_train_together_is_paused_and_the_others_go_on(tmp_path):
+    """They begin anew without it."""
+    with running(tmp_path, {**WAITING, "training.max_steps": 1_000_000}) as service:
+        paused, other = service.post_many([[FACTS[0], FACTS[1]], [FACTS[2]]])
+        first = service.wait_for_step(1)
+        assert service.call(service.service._scheduler.pause(paused)).state == "paused"
+        second = service.wait_for_step(1, other)
+        assert service.service._scheduler.running.jobs == (other,)
+        assert second != first
+        assert service.job(paused).checkpoint is None
+        with pytest.raises(Conflict):
+            service.call(service.service._scheduler.resume(other))
 
 
 # --- the mapping -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def ask(question, **options):
 def started(tmp_path_factory):
     """A service that has learnt one fact, and OpenAI's client of it."""
     home = tmp_path_factory.mktemp("openai")
-    with running(home, {**QUICK, "serving.max_context": CONTEXT}) as service:
+    with running(home, {**QUICK, "serving.max_context": CONTEXT, "serving.fuse": "always"}) as service:
         checkpoint = service.learn(FACTS[0])
         with http(service.service, service._thread) as client:
             yield SimpleNamespace(service=service, http=client, client=sdk(client), checkpoint=checkpoint)

@@ -5,6 +5,7 @@ whichever adapters they use. Each `step` admits, prefills a bounded part of prom
 every active sequence.
 """
 
+import functools
 import logging
 import secrets
 from collections import deque
@@ -85,6 +86,7 @@ class Decoder:
         self._context = min(base.context, serving.max_context or base.context)
         self._slots = Slots(bank.slots)
         self._prompts = PromptCache(int(serving.prompt_cache_mb * 2**20))
+        self._bytes = functools.cache(functools.partial(token_bytes, base.tokenizer))
         self._waiting: deque[tuple[int, _Sequence]] = deque()
         self._active: dict[int, _Sequence] = {}  # by the generator's uid
         self._uid_of: dict[int, int] = {}  # request number → uid
@@ -294,9 +296,6 @@ class Decoder:
         own, likeliest = sequence.wishes.next_logprobs()
         top = tuple(TokenLogprob(other, self._bytes(other), logprob) for other, logprob in likeliest)
         return TokenLogprob(token, self._bytes(token), own, top)
-
-    def _bytes(self, token: int) -> bytes:
-        return token_bytes(self._base.tokenizer, token)
 
     def _stop_early(self, sequence: _Sequence) -> None:
         kept = self._generator.remove([sequence.uid], return_prompt_caches=True)

@@ -129,6 +129,8 @@ class AnswerText:
             self._trail.answered(position, position + len(piece))
         if self.reasoning and not self.text:
             piece = piece.lstrip("\n")  # templates put blank lines between reasoning and answer
+        if self.tool_calls and piece.isspace():  # and between calls
+            return TextDelta()
         self.text += piece
         return TextDelta(text=piece)
 

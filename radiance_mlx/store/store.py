@@ -149,13 +149,15 @@ class Store:
                 journal.append(db, "paused", {"jobs": [job_id]}, now)
             return job
 
-    def hold(self, job_id: str) -> None:
-        """Pause a job whose training has been stopped, with its state kept; if it is to be cancelled, that instead."""
+    def hold(self, job_id: str) -> bool:
+        """Pause a job whose training has been stopped, with its state kept; False if it was to be cancelled, and is."""
         with self._database.write() as db:
             now = self._clock()
             jobs.hold(db, job_id, now)
-            if jobs.one(db, job_id).state == "paused":
+            held = jobs.one(db, job_id).state == "paused"
+            if held:
                 journal.append(db, "paused", {"jobs": [job_id]}, now)
+        return held
 
     def resume(self, job_id: str) -> JobRecord:
         """Have a paused job wait for its training again. Raises `NotFound`, or `Conflict` when it is not paused."""

@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...messages import BASE, STABLE
+from ...messages import BASE, STABLE, Generate
 from ...service import Service
 from ...store import CheckpointRecord
 from ..routing import service_of
@@ -34,8 +34,13 @@ async def get_model(request: Request) -> Response:
     service = service_of(request)
     model = request.path_params["model"]
     checkpoint = await checkpoint_of(service, model)
-    moves = checkpoint in (STABLE, BASE)
-    found = _moving(service, model) if moves else {**_kept(await service.checkpoint(checkpoint)), "id": model}
+    if checkpoint in (STABLE, BASE):
+        return _told(service, _moving(service, model))
+    await service.address(Generate((), checkpoint))  # raises if it cannot answer any more
+    return _told(service, {**_kept(await service.checkpoint(checkpoint)), "id": model})
+
+
+def _told(service: Service, found: dict[str, Any]) -> Response:
     return JSONResponse(found, headers=shapes.headers(*service.current))
 
 

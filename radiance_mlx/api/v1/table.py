@@ -51,7 +51,7 @@ TABLE: tuple[RouteFacts, ...] = (
         errors=_ASKING,
     ),
     _Route("GET", "/v1/models", list_models, schemas.ModelList, errors=(503,)),
-    _Route("GET", "/v1/models/{model:path}", get_model, schemas.ModelInfo, errors=(404, 503)),
+    _Route("GET", "/v1/models/{model:path}", get_model, schemas.ModelInfo, errors=(404, 409, 503)),
     _Route(
         "POST",
         "/v1/files",
