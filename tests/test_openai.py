@@ -17,7 +17,7 @@ from radiance_mlx.errors import Busy, InternalError
 from radiance_mlx.messages import Example
 from radiance_mlx.service import Service
 
-CONTEXT = 200
+CONTEXT = 400
 #: what makes nano babble in every script it has bytes for
 BABBLE = "Grüße aus 東京! 🎉"
 WILD = {"temperature": 2.0, "seed": 11, "max_tokens": 60}
@@ -227,7 +227,10 @@ def test_a_client_that_goes_away_ends_its_generation(started, n):
 
     with endless(stream=True) as stream:
         next(iter(stream))
+        drawn = started.service.engine(lambda engine: list(engine._decoder._active.values()))
     until(lambda: active(started) == 0)
+    assert len(drawn) == n
+    assert all(one.drawn < CONTEXT - 50 for one in drawn)
     with pytest.raises(openai.APITimeoutError):
         endless(timeout=0.02)
     until(lambda: active(started) == 0)

@@ -219,3 +219,32 @@ def test_characters_of_many_tokens_come_whole_with_all_their_tokens(tokenizer):
     text.finish()
     assert text.text == FRENCH
     assert b"".join(told.data for told in text.logprobs).decode() == FRENCH
+
+
+def test_tokens_that_a_stop_string_cut_off_are_not_told(tokenizer):
+    """Wherever it begins and ends: told are those that begin before the text's end, as soon as they are certain."""
+    full = "Rosa Mercer lives in Oslo and likes tea."
+    tokens = tokenizer.encode(full, add_special_tokens=False)
+    starts = [len(tokenizer.decode(tokens[:i])) for i in range(len(tokens))]
+    for begin in range(1, len(full) - 4):
+        text = grown(tokenizer, tokens, [full[begin : begin + 4]])
+        assert text.stopped
+        expected = [token for token, start in zip(tokens, starts, strict=True) if start < len(text.text)]
+        assert [told.token for told in text.logprobs] == expected, full[begin : begin + 4]
+
+
+def test_reasoning_is_not_told_as_the_answer():
+    """Nor are the marks around it."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    thinking = tiny.tokenizer(template)
+    tokens = thinking.encode("<think>why</think>so<think>or</think>be it", add_special_tokens=False)
+    text = grown(thinking, tokens)
+    assert (text.text, text.reasoning) == ("sobe it", "whyor")
+    assert b"".join(told.data for told in text.logprobs) == b"sobe it"
+
+
+def test_a_stop_string_that_begins_twice_takes_its_own_tokens_only():
+    """What is given back when the first beginning comes to nothing takes none of the second one's tokens along."""
+    letters = tiny.tokenizer()
+    text = grown(letters, letters.encode("aaab", add_special_tokens=False), ["aab"])
+    assert (text.text, [told.data for told in text.logprobs]) == ("a", [b"a"])

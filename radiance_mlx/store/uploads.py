@@ -36,6 +36,10 @@ class Uploads:
 
     def __init__(self, database: Database, folder: Path, clock: Callable[[], float]) -> None:
         self._database, self._folder, self._clock = database, folder, clock
+        known = {upload.file_id for upload in self.all()}
+        for body in folder.iterdir():  # a crash came between a body and its row
+            if body.name not in known:
+                body.unlink()
 
     def add(self, filename: str, purpose: str, content: bytes, rows: int) -> UploadRecord:
         """Keep a file: its body is on disk before it is known."""
