@@ -101,9 +101,9 @@ class Tuning:
         """`checkpoint:suffix` → checkpoint, of jobs that were given a suffix; newest first."""
         return await self._store(lambda s: s.tunings.names())
 
-    async def events(self, job_id: str) -> list[dict[str, Any]]:
-        """What the journal says of a job, oldest first."""
-        return await self._store(lambda s: s.events_of(job_id))
+    async def events(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """What the journal says of a job, oldest first; entries with a greater id than `after`."""
+        return await self._store(lambda s: s.events_of(job_id, after))
 
     async def pause(self, tuning_id: str) -> Tuned:
         """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""

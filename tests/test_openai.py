@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -234,6 +235,23 @@ def test_a_client_that_goes_away_ends_its_generation(started, n):
     with pytest.raises(openai.APITimeoutError):
         endless(timeout=0.02)
     until(lambda: active(started) == 0)
+
+
+def test_a_client_that_goes_away_before_the_first_piece_is_forgotten(started, monkeypatch):
+    """Its question is never answered, and nobody hears of an error."""
+    faults = []
+    monkeypatch.setattr("radiance_mlx.api.app.log.error", lambda *args, **kwargs: faults.append(kwargs))
+    release, service = threading.Event(), started.service.service
+    asyncio.run_coroutine_threadsafe(
+        service._engine.call(lambda engine: release.wait(20)), started.service._thread.loop
+    )
+    for stream in (True, False):
+        with pytest.raises(openai.APITimeoutError):
+            started.client.chat.completions.create(**ask("Hello!", n=2, stream=stream, timeout=0.1))
+    until(lambda: not service._engine._open)
+    release.set()
+    until(lambda: active(started) == 0)
+    assert faults == []
 
 
 def test_a_full_waiting_line_is_a_rate_limit(started, monkeypatch):

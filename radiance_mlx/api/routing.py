@@ -30,7 +30,7 @@ def serving(service: Service) -> dict[str, str]:
 
 
 async def unless_client_leaves(request: Request, answering: Awaitable[T]) -> T:
-    """Await an answer; if the client disconnects first, cancel it, which ends the generation."""
+    """Await an answer; if the client disconnects first, cancel it, which ends the generation, before this raises."""
     task = asyncio.ensure_future(answering)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -41,6 +41,7 @@ async def unless_client_leaves(request: Request, answering: Awaitable[T]) -> T:
     finally:
         task.cancel()
         gone.cancel()
+        await asyncio.wait({task, gone})
 
 
 async def _disconnected(request: Request) -> None:

@@ -19,11 +19,11 @@ def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any
     return [_event(row) for row in rows]
 
 
-def of_job(db: sqlite3.Connection, job_id: str) -> list[dict[str, Any]]:
+def of_job(db: sqlite3.Connection, job_id: str, number: int) -> list[dict[str, Any]]:
     rows = db.execute(
         """SELECT events.* FROM events, json_each(events.data, '$.jobs') AS job
-           WHERE job.value = ? ORDER BY events.id""",
-        (job_id,),
+           WHERE events.id > ? AND job.value = ? ORDER BY events.id""",
+        (number, job_id),
     )
     return [_event(row) for row in rows]
 

@@ -348,10 +348,10 @@ class Store:
         with self._database.read() as db:
             return journal.after(db, after, limit)
 
-    def events_of(self, job_id: str) -> list[dict[str, Any]]:
-        """All events (id, at, kind, data) that name this job among theirs, oldest first."""
+    def events_of(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """All events with a greater id than `after` that name this job among theirs, oldest first."""
         with self._database.read() as db:
-            return journal.of_job(db, job_id)
+            return journal.of_job(db, job_id, after)
 
     def get(self, key: str) -> str | None:
         with self._database.read() as db:

@@ -20,7 +20,7 @@ from .paging import chosen, page
 from .parsing import parsed
 from .stream import sse
 from .tuning_requests import TuningRequest
-from .tuning_shapes import checkpoint_bodies, events_of, tuning_body
+from .tuning_shapes import Events, checkpoint_bodies, tuning_body
 
 POLL_S = 0.2
 
@@ -117,22 +117,24 @@ async def tuning_events(request: Request) -> Response:
     tuned = await service.tuning.one(request.path_params["job_id"])
     if chosen(request, "stream", "false", ("true", "false")) == "true":
         return sse(_as_they_come(service, tuned), shapes.headers(*service.current))
-    told = events_of(tuned, await service.tuning.events(tuned[1].job_id))
+    told = Events.all(tuned, await service.tuning.events(tuned[1].job_id))
     listed = page(request, told[::-1], lambda event: event)
     return JSONResponse(listed, headers=shapes.headers(*service.current))
 
 
 async def _as_they_come(service: Service, tuned: Tuned) -> AsyncIterator[dict[str, Any]]:
-    told: set[str] = set()
+    tuning, job = tuned
+    events = Events(tuning)
+    yield events.created()
     while True:
-        tuned = await service.tuning.one(tuned[0].tuning_id)
-        for event in events_of(tuned, await service.tuning.events(tuned[1].job_id)):
-            if event["id"] not in told:
-                told.add(event["id"])
-                yield event
-        if tuned[1].state in FINAL_STATES:
-            return
+        _, job = await service.tuning.one(tuning.tuning_id)  # first: the journal has all that led to this state
+        for event in events.more(await service.tuning.events(job.job_id, events.seen)):
+            yield event
+        if job.state in FINAL_STATES:
+            break
         await asyncio.sleep(POLL_S)
+    for event in events.end(job):
+        yield event
 
 
 async def tuning_checkpoints(request: Request) -> Response:

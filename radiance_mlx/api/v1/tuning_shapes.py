@@ -74,24 +74,45 @@ def _error(job: JobRecord) -> dict[str, Any] | None:
 # --- events --------------------------------------------------------------------------------------
 
 
-def events_of(tuned: Tuned, journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Oldest first: from its making, by what the journal says, to its end."""
-    tuning, job = tuned
-    told = [_event(tuning, "created", tuning.created, f"Created fine-tuning job: {tuning.tuning_id}")]
-    begun = False
-    for entry in journal:
-        number, at, data = str(entry["id"]), entry["at"], entry["data"]
-        if entry["kind"] == "progress":
-            if not begun:
-                told.append(_event(tuning, f"{number}-begun", at, "Fine-tuning job started"))
-            begun = True
-            told.append(_progress(tuning, number, at, data))
-        elif entry["kind"] in ("paused", "resumed"):
-            begun = begun and entry["kind"] != "paused"
-            told.append(_event(tuning, number, at, f"Fine-tuning job {entry['kind']}"))
-    if job.state in FINAL_STATES:
-        told += _end(tuning, job)
-    return told
+class Events:
+    """A job's, oldest first: from its making, by what the journal says as it goes on, to its end."""
+
+    def __init__(self, tuning: TuningRecord) -> None:
+        self._tuning = tuning
+        self._begun = False
+        self.seen = 0  # the last entry of the journal that was told
+
+    @classmethod
+    def all(cls, tuned: Tuned, journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of one look at the whole journal."""
+        tuning, job = tuned
+        events = cls(tuning)
+        return [events.created(), *events.more(journal), *events.end(job)]
+
+    def created(self) -> dict[str, Any]:
+        """The first."""
+        tuning = self._tuning
+        return _event(tuning, "created", tuning.created, f"Created fine-tuning job: {tuning.tuning_id}")
+
+    def more(self, journal: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of entries that follow those of the last time."""
+        told: list[dict[str, Any]] = []
+        for entry in journal:
+            self.seen = entry["id"]
+            number, at = str(entry["id"]), entry["at"]
+            if entry["kind"] == "progress":
+                if not self._begun:
+                    told.append(_event(self._tuning, f"{number}-begun", at, "Fine-tuning job started"))
+                self._begun = True
+                told.append(_progress(self._tuning, number, at, entry["data"]))
+            elif entry["kind"] in ("paused", "resumed"):
+                self._begun = False
+                told.append(_event(self._tuning, number, at, f"Fine-tuning job {entry['kind']}"))
+        return told
+
+    def end(self, job: JobRecord) -> list[dict[str, Any]]:
+        """The last, if it has come to an end."""
+        return _end(self._tuning, job) if job.state in FINAL_STATES else []
 
 
 def _progress(tuning: TuningRecord, number: str, at: float, data: dict[str, Any]) -> dict[str, Any]:
