@@ -281,12 +281,6 @@ class Service:
         """Raises `NotFound`."""
         return await self._require()[0](lambda s: s.checkpoint(name))
 
-    async def published(self, job: JobRecord) -> CheckpointRecord | None:
-        """The checkpoint that came of a job, if one did."""
-        if job.state != "published" or job.checkpoint is None:
-            return None
-        return await self.checkpoint(job.checkpoint)
-
     async def rollback(self, to: str | None, reason: str) -> str:
         """Move the stable pointer; the checkpoint that was current. What trains begins anew from there."""
         _, _, lineage, scheduler = self._require()

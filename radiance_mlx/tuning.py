@@ -13,7 +13,7 @@ from .curation import curated_files
 from .messages import Example, Terms
 from .scheduler import Scheduler
 from .storage import StoreThread
-from .store import JobRecord, Tuned, TuningRecord, UploadRecord
+from .store import CheckpointRecord, JobRecord, Tuned, TuningRecord, UploadRecord
 from .store.tunings import insert
 
 log = structlog.get_logger(__name__)
@@ -104,6 +104,13 @@ class Tuning:
     async def events(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
         """What the journal says of a job, oldest first; entries with a greater id than `after`."""
         return await self._store(lambda s: s.events_of(job_id, after))
+
+    async def made(self, job: JobRecord) -> CheckpointRecord | None:
+        """The checkpoint that came of a job, if one did."""
+        checkpoint = job.checkpoint
+        if job.state != "published" or checkpoint is None:
+            return None
+        return await self._store(lambda s: s.checkpoint(checkpoint))
 
     async def pause(self, tuning_id: str) -> Tuned:
         """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""

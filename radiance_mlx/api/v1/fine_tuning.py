@@ -107,7 +107,7 @@ async def resume_tuning(request: Request) -> Response:
 
 
 async def _told(service: Service, tuned: Tuned) -> Response:
-    body = tuning_body(service, tuned, await service.published(tuned[1]))
+    body = tuning_body(service, tuned, await service.tuning.made(tuned[1]))
     return JSONResponse(body, headers=shapes.headers(*service.current))
 
 
@@ -141,5 +141,5 @@ async def tuning_checkpoints(request: Request) -> Response:
     """The checkpoint that a job became, with what was measured at its last step."""
     service = service_of(request)
     tuning, job = await service.tuning.one(request.path_params["job_id"])
-    bodies = checkpoint_bodies(tuning, await service.published(job))
+    bodies = checkpoint_bodies(tuning, await service.tuning.made(job))
     return JSONResponse(page(request, bodies, lambda body: body, limit=10), headers=shapes.headers(*service.current))
