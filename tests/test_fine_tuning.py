@@ -198,14 +198,14 @@ def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(sta
     """Its parent is another one then. Paused while it waits, it waits on; cancelled, nothing of it is kept."""
     jobs = started.client.fine_tuning.jobs
     held = create(started.client, FACTS[0], hyperparameters=ENDLESS)
-    before = started.service.wait_for_step(2)
+    before = started.service.wait_for_step(2, held.job_id)
     assert jobs.pause(held.id).status == "paused"
     kept = started.service.home / "state" / "training" / before
     assert kept.exists()
     other = ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
     assert jobs.retrieve(held.id).status == "paused"
     jobs.resume(held.id)
-    after = started.service.wait_for_step(1)
+    after = started.service.wait_for_step(1, held.job_id)
     assert (after != before, kept.exists()) == (True, False)
     assert started.service.service._scheduler.running.progress.step < 1000
     waiting = create(started.client, FACTS[1], hyperparameters=ENDLESS)
