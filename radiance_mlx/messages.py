@@ -118,13 +118,34 @@ def json_of(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an answer is drawn. `temperature` 0 is greedy; `seed` None draws one."""
+    """How an answer is drawn. `temperature` 0 is greedy; `seed` None draws one.
+
+    `logit_bias` pairs tokens with what is added to their logits; the penalties are taken off the logits of tokens
+    that the answer has already, for each time and once. With `logprobs` each token's log-probability is told, and
+    those of so many of the likeliest beside it.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.2
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a chat template is told beside roles and contents.
+
+    `functions` are tools in OpenAI's form; `beside` has, for each message, what else it holds (`tool_calls`,
+    `tool_call_id`, `name`).
+    """
+
+    functions: tuple[dict[str, Any], ...] = ()
+    beside: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +163,57 @@ class Generate:
     training: bool = False
     stream: bool = False
     prompt: tuple[int, ...] | None = None  # the messages as tokens, if they have been encoded already
+    tools: Tools | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Bare tokens to be continued, no chat: what comes of them is text and nothing else."""
+        return not self.messages
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer with its bytes and the natural logarithm of its probability by the model itself.
+
+    Neither temperature nor top_p, penalties or biases are in it. `top` are the likeliest at its place, likeliest first.
+    """
+
+    token: int
+    data: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made; `arguments` is JSON. `id` is None if the model gave none."""
+
+    name: str
+    arguments: str
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of a streamed answer; `reasoning` pieces come apart from the answer's `text`."""
+    """A piece of a streamed answer; `reasoning` pieces come apart from the answer's `text`.
+
+    `logprobs` are of the tokens of which a first part is in `text`; `checkpoint` is what answers.
+    """
 
     text: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    checkpoint: str = ""
+    checkpoint_status: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.reasoning or self.tool_calls or self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished answer."""
+    """A finished answer; `logprobs`, if they were asked for, of the tokens that `text` was made of."""
 
     text: str
     reasoning: str
@@ -164,6 +223,21 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one job asks of its training, where it differs from the configuration (None: it does not).
+
+    Such a job is a batch of its own. `batch_size` counts the examples of one optimizer step.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr_multiplier: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +257,8 @@ class TrainBatch:
     reconsolidated: bool = False  # `examples` are the whole log: nothing of it is replayed
     max_steps: int | None = None  # None: training.max_steps
     notes: tuple[str, ...] = ()  # for the job and the checkpoint
+    terms: Terms = Terms()
+    validation: tuple[Example, ...] = ()  # measured when all is learnt, and not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,5 +315,6 @@ class EngineFacts:
     vocab_size: int
     targets: tuple[str, ...]
     chat_template: bool
+    tools: bool
     warnings: tuple[str, ...]
     seconds: float
