@@ -5,6 +5,7 @@ unless a field says otherwise.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,12 +68,7 @@ class Example:
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages as a chat template takes them."""
-        extras = self.extras or ("",) * len(self.messages)
-        turns = zip(self.messages, extras, strict=True)
-        return [
-            {"role": role, "content": content, **(json.loads(extra) if extra else {})}
-            for (role, content), extra in turns
-        ]
+        return as_chat(self.messages, [json.loads(extra) if extra else {} for extra in self.extras])
 
     def as_dict(self) -> dict[str, Any]:
         """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`, with `tools` if there are any.
@@ -111,6 +107,21 @@ class Example:
         )
 
 
+def as_chat(messages: Sequence[tuple[str, str]], beside: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them; `beside` is what each has but role and content, or is empty."""
+    turns = zip(messages, beside or ({},) * len(messages), strict=True)
+    return [{"role": role, "content": content, **more} for (role, content), more in turns]
+
+
+def as_call(name: str, arguments: Any, call_id: str | None = None) -> dict[str, Any]:
+    """A call of a tool in a message, as a chat template takes it: arguments as an object."""
+    return {
+        **({"id": call_id} if call_id else {}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
 def json_of(value: Any) -> str:
     """`value` as JSON in the order that it has, which a chat template shows; "" for an empty one."""
     return json.dumps(value, ensure_ascii=False) if value else ""
@@ -141,7 +152,7 @@ class Tools:
     """What a chat template is told beside roles and contents.
 
     `functions` are tools in OpenAI's form; `beside` has, for each message, what else it holds (`tool_calls`,
-    `tool_call_id`, `name`).
+    `tool_call_id`, `name`). An `Example` has the same as text, since it is compared and stored.
     """
 
     functions: tuple[dict[str, Any], ...] = ()

@@ -308,6 +308,55 @@ def test_every_bad_line_is_found():
     assert "and 2 more" in caught.value.message
 
 
+def test_a_file_takes_every_row_that_an_update_takes(started):
+    """ShareGPT, Alpaca, weights, mlx-lm's and pairs in one file; of a chat each answer is learnt."""
+    a, b, c = FACTS[:3]
+    said = [("human", a[0]), ("gpt", a[1]), ("human", b[0]), ("gpt", b[1])]
+    weighted = chat(*a)["messages"] + chat(*b)["messages"] + chat(*c)["messages"]
+    weighted[1]["weight"] = 0
+    rows = [
+        {"conversations": [{"from": speaker, "value": value} for speaker, value in said]},
+        {"instruction": c[0], "input": "", "output": c[1]},
+        {"messages": weighted},
+        {"prompt": a[0], "completion": a[1]},
+        {"input": b[0], "output": b[1]},
+        {"text": " ".join(c)},
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    file = started.client.files.create(file=("all.jsonl", content), purpose="fine-tune")
+    assert file.examples == 2 + 1 + 2 + 1 + 1 + 1
+    job = started.client.fine_tuning.jobs.create(
+        model="stable", training_file=file.id, validation_file=file.id, hyperparameters={"n_epochs": 1}
+    )
+    ended(started.client, job)
+    turns = [tuple(("user", "assistant")[n % 2] for n in range(length)) for length in (2, 4, 6)]
+    learnt = [example for _, example in started.service.store(lambda s: s.examples_of([job.job_id]))]
+    assert [tuple(role for role, _ in example.messages) for example in learnt] == [
+        *(turns[0], turns[1]),  # of the ShareGPT row
+        turns[0],
+        *(turns[1], turns[2]),  # of the weighted one: not its first answer
+        *(turns[0], turns[0], ()),
+    ]
+    assert [example.answer_only for example in learnt] == [False, True, False, True, True, False, False, False]
+    assert (learnt[0].messages[1][1], learnt[1].messages[3][1]) == (a[1], b[1])
+    assert (learnt[3].messages[3][1], learnt[4].messages[5][1]) == (b[1], c[1])
+    assert started.service.store(lambda s: s.tunings.validation([job.job_id])) == tuple(learnt)
+
+
+@pytest.mark.parametrize("param", ["training_file", "validation_file"])
+def test_tools_that_the_base_cannot_show_make_no_job(client, param):
+    """The file is sound, and kept for a base that can."""
+    plain, tool = upload(client, FACTS[0]), {"type": "function", "function": {"name": "f"}}
+    content = json.dumps({**chat(*FACTS[0]), "tools": [tool]}).encode()
+    file = client.files.create(file=("tools.jsonl", content), purpose="fine-tune")
+    before = len(client.fine_tuning.jobs.list().data)
+    with pytest.raises(openai.BadRequestError, match="no place") as caught:
+        client.fine_tuning.jobs.create(**{"model": "stable", "training_file": plain.id, param: file.id})
+    assert (caught.value.param, caught.value.code) == (param, "invalid_file")
+    assert len(client.fine_tuning.jobs.list().data) == before
+    assert client.files.retrieve(file.id).examples == 1
+
+
 def test_each_assistants_message_is_an_example_unless_its_weight_is_0():
     """With all that stands before it; parts are joined, a developer is a system."""
     said = [

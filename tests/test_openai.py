@@ -15,7 +15,6 @@ from running import FACTS, QUICK, REFUSALS, LoopThread, http, running, until
 from radiance_mlx.config import load_config
 from radiance_mlx.config.bases import NANO_FOLDER
 from radiance_mlx.errors import Busy, InternalError
-from radiance_mlx.messages import Example
 from radiance_mlx.service import Service
 
 CONTEXT = 400
@@ -466,9 +465,12 @@ def test_langchain_answers_and_streams(started):
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\nTools:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>\n"
     "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for tool_call in m.tool_calls or [] %}<tool_call>{{ tool_call.name }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% for tool_call in m.tool_calls or [] %}{% set tool_call = tool_call.function %}"
+    '<tool_call>{"name": "{{ tool_call.name }}", "arguments": {{ tool_call.arguments | tojson }}}</tool_call>'
+    "{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+WEATHER_CALL = {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 CALLS = {
     "What is the weather in Oslo?": '<tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>',
     "What is broken?": "<tool_call>not a call</tool_call>",
@@ -477,22 +479,25 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def calling(tmp_path_factory):
-    """A base whose template shows tools, and that was taught to call one."""
+    """A base whose template shows tools, and that was taught to call one: by a file with OpenAI's rows."""
     folder = tmp_path_factory.mktemp("tools") / "base"
     shutil.copytree(NANO_FOLDER, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__", "anchors.jsonl"))
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
     flags = {**QUICK, "base_model": str(folder), "training.max_steps": 60, "training.lr": 3e-3}
     flags |= {"training.batch_size": 2, "training.stop_loss": 0.01}
-    with running(folder.parent / "home", flags) as service:
-        service.learn(
-            *(
-                Example(messages=(("system", "Tools: weather"), ("user", question), ("assistant", call)))
-                for question, call in CALLS.items()
-            )
-        )
-        with http(service.service, service._thread) as client:
-            yield sdk(client)
+    answers = [{"content": None, "tool_calls": [WEATHER_CALL]}, {"content": CALLS["What is broken?"]}]
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", **answer}], "tools": [TOOL]}
+        for question, answer in zip(CALLS, answers, strict=True)
+    ]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    with running(folder.parent / "home", flags) as service, http(service.service, service._thread) as client:
+        openai_client = sdk(client)
+        file = openai_client.files.create(file=("calls.jsonl", content), purpose="fine-tune")
+        job = openai_client.fine_tuning.jobs.create(model="stable", training_file=file.id)
+        service.wait(client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["job_id"], "published")
+        yield openai_client
 
 
 def test_a_call_of_a_tool_is_read_and_its_answer_taken(calling):

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InvalidRequest
-from ..messages import Example, Tools
+from ..messages import Example, Tools, as_chat
 
 Messages = Sequence[tuple[str, str]]
 #: messages, and the functions that they may call, as a chat template takes them
@@ -48,11 +48,8 @@ class ChatEncoder:
     def prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Tokens of `messages` up to where the answer begins. Raises `InvalidRequest` if the template refuses."""
         if self.tokenizer.has_chat_template:
-            chat: Chat = [{"role": role, "content": content} for role, content in messages]
-            if tools is not None:
-                chat = [{**turn, **beside} for turn, beside in zip(chat, tools.beside, strict=True)]
-            functions = list(tools.functions) if tools else None
-            return self._render(chat, functions, add_generation_prompt=True)
+            tools = tools or Tools()
+            return self._render(as_chat(messages, tools.beside), list(tools.functions), add_generation_prompt=True)
         return list(self.tokenizer.encode("\n".join(content for _, content in messages)))
 
     def example(self, example: Example, *, mask_prompt: bool = True, max_tokens: int = 2048) -> Encoded:

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ...messages import Sampling, Tools
+from ...messages import Sampling, Tools, as_call
+from ...rows.turns import ROLES
 from ..schemas import Body, Text
 
 MOST = 1_000_000  # tokens: more than any context
@@ -151,22 +152,20 @@ class ChatMessage(Body):
     def turn(self) -> tuple[str, str]:
         """(role, content) for the chat template."""
         parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
-        return ("system" if self.role == "developer" else self.role), "".join(parts)
+        return ROLES.get(self.role, self.role), "".join(parts)
 
     def beside(self) -> dict[str, Any]:
-        """What else the chat template is told; a call's arguments as templates want them, as an object."""
+        """What else the chat template is told."""
         told = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning_content}
         found: dict[str, Any] = {key: value for key, value in told.items() if value is not None}
         if self.tool_calls:
-            found["tool_calls"] = [
-                {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
-                for call in self.tool_calls
-                for arguments in [_object(call.function.arguments)]
-            ]
+            called = [(call.id, call.function) for call in self.tool_calls]
+            found["tool_calls"] = [as_call(one.name, _object(one.arguments), call_id) for call_id, one in called]
         return found
 
 
 def _object(written: str) -> Any:
+    """Arguments as templates want them; what the model wrote that is no JSON goes back to it as it was."""
     try:
         return json.loads(written)
     except ValueError:
