@@ -318,13 +318,14 @@ def test_a_file_takes_every_row_that_an_update_takes(started):
         {"conversations": [{"from": speaker, "value": value} for speaker, value in said]},
         {"instruction": c[0], "input": "", "output": c[1]},
         {"messages": weighted},
+        {"messages": chat(*a)["messages"] + chat(*b)["messages"]},
         {"prompt": a[0], "completion": a[1]},
         {"input": b[0], "output": b[1]},
         {"text": " ".join(c)},
     ]
     content = "\n".join(map(json.dumps, rows)).encode()
     file = started.client.files.create(file=("all.jsonl", content), purpose="fine-tune")
-    assert file.examples == 2 + 1 + 2 + 1 + 1 + 1
+    assert file.examples == 2 + 1 + 2 + 2 + 1 + 1 + 1
     job = started.client.fine_tuning.jobs.create(
         model="stable", training_file=file.id, validation_file=file.id, hyperparameters={"n_epochs": 1}
     )
@@ -335,9 +336,21 @@ def test_a_file_takes_every_row_that_an_update_takes(started):
         *(turns[0], turns[1]),  # of the ShareGPT row
         turns[0],
         *(turns[1], turns[2]),  # of the weighted one: not its first answer
+        *(turns[0], turns[1]),
         *(turns[0], turns[0], ()),
     ]
-    assert [example.answer_only for example in learnt] == [False, True, False, True, True, False, False, False]
+    assert [example.answer_only for example in learnt] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert (learnt[0].messages[1][1], learnt[1].messages[3][1]) == (a[1], b[1])
     assert (learnt[3].messages[3][1], learnt[4].messages[5][1]) == (b[1], c[1])
     assert started.service.store(lambda s: s.tunings.validation([job.job_id])) == tuple(learnt)
