@@ -5,6 +5,7 @@ unless a field says otherwise.
 """
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,6 +121,11 @@ def as_call(name: str, arguments: Any, call_id: str | None = None) -> dict[str, 
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
+
+
+def iso(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def json_of(value: Any) -> str:

@@ -20,11 +20,11 @@ from . import __version__
 from .config import Config, Loaded
 from .curation import curated_files
 from .engine.thread import EngineThread
-from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotFound, NotReady, StoreError
+from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotReady, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged
-from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
+from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta, iso
 from .scheduler import Scheduler
 from .storage import StoreThread
 from .store import CheckpointRecord, HomeLock, JobRecord
@@ -189,15 +189,7 @@ class Service:
 
     async def fingerprint(self, checkpoint: str) -> str | None:
         """What tells the weights of `checkpoint` (or "base") from any others; None for what is no checkpoint yet."""
-        _, _, lineage, _ = self._require()
-        parts = [lineage.base_hash]
-        if checkpoint != BASE:
-            try:
-                files = (await lineage.record(checkpoint)).files
-            except NotFound:
-                return None
-            parts += [files.get(name, "") for name in ("adapters.safetensors", "adapter_config.json")]
-        return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        return await self._require()[2].fingerprint(checkpoint)
 
     @staticmethod
     def _require_servable(record: CheckpointRecord, lineage: Lineage) -> None:
@@ -405,8 +397,3 @@ class Service:
             "intervals": metrics.get("intervals"),
             "anchors": metrics["evaluation"]["anchors"],
         }
-
-
-def iso(seconds: float) -> str:
-    """Seconds since the epoch as ISO 8601 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

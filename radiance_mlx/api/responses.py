@@ -5,8 +5,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ..errors import RadianceError
-from ..messages import FINAL_STATES, Answer
-from ..service import iso
+from ..messages import FINAL_STATES, Answer, iso
 from ..store import CheckpointRecord, JobRecord
 from .v1.errors import PREFIX, error_body, status_of
 
