@@ -168,6 +168,10 @@ class Cancelled(RadianceError):
     code, status = "cancelled", 409
 
 
+class Paused(Cancelled):
+    """Training was stopped for now, and its state kept."""
+
+
 class StoreError(RadianceError):
     """The database or the home folder cannot be used."""
 

@@ -6,6 +6,7 @@ to disk, then given a slot, then recorded; only then does `stable` name it.
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -58,6 +59,17 @@ class Lineage:
             if changes == self._changes:
                 self._known[checkpoint] = known
         return known
+
+    async def fingerprint(self, checkpoint: str) -> str | None:
+        """What tells the weights of `checkpoint` (or "base") from any others; None for what is no checkpoint yet."""
+        parts = [self.base_hash]
+        if checkpoint != BASE:
+            try:
+                files = (await self.record(checkpoint)).files
+            except NotFound:
+                return None
+            parts += [files.get(name, "") for name in ("adapters.safetensors", "adapter_config.json")]
+        return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def _changed(self) -> None:
         self._changes += 1

@@ -5,6 +5,8 @@ unless a field says otherwise.
 """
 
 import json
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,12 +69,7 @@ class Example:
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages as a chat template takes them."""
-        extras = self.extras or ("",) * len(self.messages)
-        turns = zip(self.messages, extras, strict=True)
-        return [
-            {"role": role, "content": content, **(json.loads(extra) if extra else {})}
-            for (role, content), extra in turns
-        ]
+        return as_chat(self.messages, [json.loads(extra) if extra else {} for extra in self.extras])
 
     def as_dict(self) -> dict[str, Any]:
         """In mlx-lm's own data formats: `text`, `prompt`/`completion`, or `messages`, with `tools` if there are any.
@@ -111,6 +108,26 @@ class Example:
         )
 
 
+def as_chat(messages: Sequence[tuple[str, str]], beside: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them; `beside` is what each has but role and content, or is empty."""
+    turns = zip(messages, beside or ({},) * len(messages), strict=True)
+    return [{"role": role, "content": content, **more} for (role, content), more in turns]
+
+
+def as_call(name: str, arguments: Any, call_id: str | None = None) -> dict[str, Any]:
+    """A call of a tool in a message, as a chat template takes it: arguments as an object."""
+    return {
+        **({"id": call_id} if call_id else {}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def iso(seconds: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
 def json_of(value: Any) -> str:
     """`value` as JSON in the order that it has, which a chat template shows; "" for an empty one."""
     return json.dumps(value, ensure_ascii=False) if value else ""
@@ -118,13 +135,34 @@ def json_of(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an answer is drawn. `temperature` 0 is greedy; `seed` None draws one."""
+    """How an answer is drawn. `temperature` 0 is greedy; `seed` None draws one.
+
+    `logit_bias` pairs tokens with what is added to their logits; the penalties are taken off the logits of tokens
+    that the answer has already, for each time and once. With `logprobs` each token's log-probability is told, and
+    those of so many of the likeliest beside it.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.2
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a chat template is told beside roles and contents.
+
+    `functions` are tools in OpenAI's form; `beside` has, for each message, what else it holds (`tool_calls`,
+    `tool_call_id`, `name`). An `Example` has the same as text, since it is compared and stored.
+    """
+
+    functions: tuple[dict[str, Any], ...] = ()
+    beside: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +180,57 @@ class Generate:
     training: bool = False
     stream: bool = False
     prompt: tuple[int, ...] | None = None  # the messages as tokens, if they have been encoded already
+    tools: Tools | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Bare tokens to be continued, no chat: what comes of them is text and nothing else."""
+        return not self.messages
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of an answer with its bytes and the natural logarithm of its probability by the model itself.
+
+    Neither temperature nor top_p, penalties or biases are in it. `top` are the likeliest at its place, likeliest first.
+    """
+
+    token: int
+    data: bytes
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that the model made; `arguments` is JSON. `id` is None if the model gave none."""
+
+    name: str
+    arguments: str
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of a streamed answer; `reasoning` pieces come apart from the answer's `text`."""
+    """A piece of a streamed answer; `reasoning` pieces come apart from the answer's `text`.
+
+    `logprobs` are of the tokens of which a first part is in `text`; `checkpoint` is what answers.
+    """
 
     text: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    checkpoint: str = ""
+    checkpoint_status: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.reasoning or self.tool_calls or self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished answer."""
+    """A finished answer; `logprobs`, if they were asked for, of the tokens that `text` was made of."""
 
     text: str
     reasoning: str
@@ -164,6 +240,21 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What one job asks of its training, where it differs from the configuration (None: it does not).
+
+    Such a job is a batch of its own. `batch_size` counts the examples of one optimizer step.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr_multiplier: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +274,8 @@ class TrainBatch:
     reconsolidated: bool = False  # `examples` are the whole log: nothing of it is replayed
     max_steps: int | None = None  # None: training.max_steps
     notes: tuple[str, ...] = ()  # for the job and the checkpoint
+    terms: Terms = Terms()
+    validation: tuple[Example, ...] = ()  # measured when all is learnt, and not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,5 +332,6 @@ class EngineFacts:
     vocab_size: int
     targets: tuple[str, ...]
     chat_template: bool
+    tools: bool
     warnings: tuple[str, ...]
     seconds: float

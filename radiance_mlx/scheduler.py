@@ -7,10 +7,8 @@ and goes on: a finished folder is published, an interrupted training is taken up
 import asyncio
 import contextlib
 import shutil
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -31,7 +29,8 @@ from .errors import (
 )
 from .evaluator import Evaluator
 from .lineage import Lineage, number_of
-from .messages import Example, Progress, TrainBatch
+from .messages import Example, Progress, Terms, TrainBatch
+from .progress import ProgressLog, Running
 from .reconsolidation import STABLE_MOVED, UPDATE_DUE, Reconsolidation, since_last
 from .storage import StoreThread
 from .store import CheckpointRecord, JobRecord
@@ -39,22 +38,7 @@ from .triggers import Decision, decide
 
 log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 4  # the first, and three times taken up again
-PERSIST_S = 1.0
 LOOK_S = 60.0
-
-
-@dataclass
-class Running:
-    """The batch that is under way."""
-
-    checkpoint: str
-    jobs: tuple[str, ...]
-    progress: Progress | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    persisted_at: float = 0.0
-    evaluating: bool = False
-    reconsolidates: bool = False
-    aside: str = ""  # why a reconsolidation is put aside, once it is known
 
 
 class Scheduler:
@@ -79,7 +63,7 @@ class Scheduler:
         self._due: set[str] = set()  # jobs whose batch was given up through no fault of theirs
         self.trouble: str | None = None  # what keeps the queue from going on, while it does
         self._stopping = False
-        self._writes: set[asyncio.Task[None]] = set()
+        self._progress = ProgressLog(store)
         self.running: Running | None = None
 
     def wake(self) -> None:
@@ -131,6 +115,7 @@ class Scheduler:
             max_age_s=self._config.batch.max_age_minutes * 60,
             now=self._clock(),
             alone=self._alone,
+            own={job.job_id for job in queued if job.terms is not None},
             due=self._due,
         )
 
@@ -188,9 +173,12 @@ class Scheduler:
 
     async def _begin(self, jobs: tuple[str, ...]) -> None:
         try:
+            held = await self._store(lambda s: s.job(jobs[0]).checkpoint)
             checkpoint = await self._store(lambda s: s.start_batch(jobs, self._lineage.base_hash))
         except Conflict:  # one was cancelled between looking and starting
             return
+        if held is not None and held != checkpoint:
+            self._drop(held)
         self._due.difference_update(jobs)
         await self._train(checkpoint, jobs)
 
@@ -231,8 +219,9 @@ class Scheduler:
         finally:
             with contextlib.suppress(NotReady):
                 await self._engine.call(lambda engine: engine.settle())
-            await self._settle_writes()
+            await self._progress.settle()
             self.running = None
+            running.ended.set()
 
     async def _give_up(self, running: Running, error: RadianceError) -> None:
         """Through no fault of the jobs: they are queued again. A reconsolidation is over."""
@@ -240,8 +229,13 @@ class Scheduler:
             why = f"put aside: {running.aside or error.message}"
             await self._store(lambda s: s.put_aside(running.jobs[0], why))
             log.info("put aside", checkpoint=running.checkpoint, why=why)
+        elif running.pausing == set(running.jobs) and len(running.jobs) == 1:
+            if await self._store(lambda s: s.hold(running.jobs[0])):
+                return  # what is kept of it stays: it goes on from there
         else:
-            self._due.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
+            queued = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
+            await self._store(lambda s: [s.pause(job) for job in running.pausing & set(queued)])
+            self._due.update(set(queued) - running.pausing)
         self._drop(running.checkpoint)
 
     @contextlib.asynccontextmanager
@@ -302,6 +296,8 @@ class Scheduler:
             replayable=tuple(await self._log.replayable(log, jobs, self._config.replay.by_tag)),
             # a reconsolidation rehearses the neighbours of all that was before it
             line=tuple(record.checkpoint for record in line[: len(since_last(line)) + 1]),
+            terms=(jobs[0].terms if len(jobs) == 1 else None) or Terms(),
+            validation=await self._store(lambda s: s.tunings.validation(running.jobs)),
         )
 
     @property
@@ -346,36 +342,9 @@ class Scheduler:
         rows = await self._store(lambda s: s.examples_of(jobs))
         return tuple(example for _, example in rows)
 
-    # --- progress --------------------------------------------------------------------------------
-
     def _report(self, progress: Progress) -> None:
-        """Called on the loop after each optimizer step; the database hears of it once a second."""
-        running = self.running
-        if running is None:
-            return
-        running.progress = progress
-        now = time.monotonic()
-        entered = progress.phase == "evaluating" and not running.evaluating
-        if entered:
-            running.evaluating = True
-        if entered or now - running.persisted_at >= PERSIST_S:
-            running.persisted_at = now
-            write = asyncio.ensure_future(self._persist(running, progress, entered))
-            self._writes.add(write)
-            write.add_done_callback(self._writes.discard)
-
-    async def _persist(self, running: Running, progress: Progress, entered: bool) -> None:
-        data = progress.as_dict()
-        with contextlib.suppress(RadianceError):
-            if entered:
-                await self._store(lambda s: s.set_state(running.jobs, "evaluating"))
-            await self._store(lambda s: s.save_progress(running.jobs, data))
-            event = {"checkpoint": running.checkpoint, "jobs": list(running.jobs), **data}
-            await self._store(lambda s: s.event("progress", event))
-
-    async def _settle_writes(self) -> None:
-        if self._writes:
-            await asyncio.gather(*self._writes, return_exceptions=True)
+        if self.running is not None:
+            self._progress.report(self.running, progress)
 
     # --- called by the service -------------------------------------------------------------------
 
@@ -384,6 +353,36 @@ class Scheduler:
         job = await self._store(lambda s: s.cancel(job_id))
         if self.running is not None and job_id in self.running.jobs:
             self.running.cancelled.set()
+        elif job.state == "cancelled" and job.checkpoint is not None:  # it was paused in training
+            self._drop(job.checkpoint)
+        self.wake()
+        return job
+
+    async def pause(self, job_id: str) -> JobRecord:
+        """Have a job wait until it is resumed; one that trains is stopped first, and goes on from there later.
+
+        If others train with it, they begin anew without it. Raises `NotFound`, or `Conflict` for a job that has ended,
+        be it meanwhile.
+        """
+        job = await self._store(lambda s: s.job(job_id))
+        if job.consolidates is not None:
+            raise Conflict(f"{job_id} trains the whole log anew: it makes way by itself.", "Cancel it.")
+        await self._store(lambda s: s.pause(job_id))
+        running = self.running
+        if running is not None and job_id in running.jobs:
+            running.pausing.add(job_id)
+            if len(running.jobs) == 1 and self._config.training.slice_ms > 0:
+                await self._engine.call(lambda engine: engine.pause())
+            running.cancelled.set()  # if it has not begun yet, or is not to be gone on from
+            await running.ended.wait()
+        job = await self._store(lambda s: s.job(job_id))
+        if job.state != "paused":
+            raise Conflict(f"{job_id} was not paused: it is {job.state} by now.")
+        return job
+
+    async def resume(self, job_id: str) -> JobRecord:
+        """Raises `NotFound`, or `Conflict` for a job that is not paused."""
+        job = await self._store(lambda s: s.resume(job_id))
         self.wake()
         return job
 

@@ -10,6 +10,7 @@ import hashlib
 import platform
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotReady, Store
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged
-from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta
+from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta, iso
 from .scheduler import Scheduler
 from .storage import StoreThread
 from .store import CheckpointRecord, HomeLock, JobRecord
+from .tuning import Tuning
 
 log = structlog.get_logger(__name__)
 
@@ -164,14 +166,7 @@ class Service:
             record = await lineage.record(request.checkpoint)
             self._require_servable(record, lineage)
             checkpoint, status = record.checkpoint, record.status
-        return Generate(
-            messages=request.messages,
-            checkpoint=checkpoint,
-            checkpoint_status=status,
-            sampling=request.sampling,
-            training=request.training,
-            stream=request.stream,
-        )
+        return replace(request, checkpoint=checkpoint, checkpoint_status=status)
 
     async def stream(self, request: Generate) -> AsyncIterator[TextDelta | Answer]:
         """Pieces, then the answer. Leaving the iterator ends the generation."""
@@ -187,6 +182,14 @@ class Service:
                 fault = await self._found_damaged(asked.checkpoint, error)
                 if request.checkpoint != STABLE or not again:
                     raise fault from error
+
+    async def tokens(self, text: str) -> tuple[int, ...]:
+        """Bare text as the base's tokens. Raises `PromptTooLong`."""
+        return await self._require()[1].tokens(text)
+
+    async def fingerprint(self, checkpoint: str) -> str | None:
+        """What tells the weights of `checkpoint` (or "base") from any others; None for what is no checkpoint yet."""
+        return await self._require()[2].fingerprint(checkpoint)
 
     @staticmethod
     def _require_servable(record: CheckpointRecord, lineage: Lineage) -> None:
@@ -258,12 +261,23 @@ class Service:
             return running.progress.as_dict()
         return job.progress
 
+    @property
+    def tuning(self) -> Tuning:
+        """Files and fine-tuning jobs. Raises `NotReady`."""
+        return Tuning(self._require()[0], self._require()[3])
+
     # --- checkpoints -----------------------------------------------------------------------------
 
     @property
     def current(self) -> tuple[str, str]:
         """(checkpoint, status) that answers by default."""
         return (self._lineage.current, self._lineage.status) if self._lineage else (BASE, BASE)
+
+    @property
+    def in_training(self) -> str | None:
+        """The checkpoint that the batch under way becomes."""
+        running = self._scheduler.running if self._scheduler else None
+        return running.checkpoint if running else None
 
     async def checkpoints(self) -> list[CheckpointRecord]:
         """This base's, oldest first."""
@@ -383,8 +397,3 @@ class Service:
             "intervals": metrics.get("intervals"),
             "anchors": metrics["evaluation"]["anchors"],
         }
-
-
-def iso(seconds: float) -> str:
-    """Seconds since the epoch as ISO 8601 in UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -32,12 +32,14 @@ def decide(
     max_age_s: float,
     now: float,
     alone: Collection[str] = (),
+    own: Collection[str] = (),
     due: Collection[str] = (),
 ) -> Decision:
     """`immediate`: the oldest job by itself. `batched`: all jobs, once examples or age suffice.
 
-    `queued` is oldest first. Jobs in `alone` failed in company: each is a batch of its own, at once. Jobs
-    in `due` were in training already, and their batch was given up: all jobs that wait train with them now.
+    `queued` is oldest first. Jobs in `alone` failed in company, those in `own` have terms of their own: each is a
+    batch of its own, at once. Jobs in `due` were in training already, and their batch was given up: all jobs that
+    wait train with them now.
     """
     if not queued:
         return Decision()
@@ -46,6 +48,9 @@ def decide(
         return Decision((by_itself,))
     if mode == "immediate":
         return Decision((queued[0].job_id,))
+    by_itself = next((job.job_id for job in queued if job.job_id in own), None)
+    if by_itself is not None:
+        return Decision((by_itself,))
     enough = sum(job.example_count for job in queued) >= max_examples
     age = now - min(job.created for job in queued)
     begun = any(job.job_id in due for job in queued)

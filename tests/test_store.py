@@ -133,6 +133,7 @@ def test_accept_makes_a_queued_job_with_all_its_fields(store: Store, clock: Cloc
         "body_hash": "h",
         "cancel_requested": False,
         "consolidates": None,
+        "terms": None,
     }
     assert store.job("job_000001") == job
     assert accept(store).job_id == "job_000002"
@@ -924,6 +925,8 @@ def snapshot(home: Path) -> dict[str, Any]:
         "checkpoints": [asdict(one) for one in store.checkpoints()],
         "stable": store.stable(BASE),
         "events": store.events(),
+        "uploads": [(one.filename, store.uploads.content(one.file_id)) for one in store.uploads.all()],
+        "bodies": len(list((home / "data/files").iterdir())),
         "reserved": store._database._connection.execute("SELECT count(*) FROM reservations").fetchone()[0],
     }
     store.close()
@@ -944,6 +947,9 @@ ACTIONS: dict[str, Callable[[Store], object]] = {
     "start_reconsolidation": lambda store: store.start_reconsolidation(BASE, store.stable(BASE) or ""),
     "put_aside": lambda store: store.put_aside("job_000002", "why"),
     "requeue": lambda store: store.requeue(["job_000002"], count_attempt=False),
+    "hold": lambda store: store.hold("job_000002"),
+    "upload": lambda store: store.uploads.add("b.jsonl", "fine-tune", b"body", 1),
+    "delete_upload": lambda store: store.uploads.delete(store.uploads.all()[0].file_id),
     "move_stable": lambda store: store.move_stable(BASE, None, "why"),
 }
 
@@ -956,6 +962,7 @@ def test_a_kill_at_any_line_leaves_the_state_before_or_after(tmp_path: Path, nam
     store = Store(origin, Clock())
     train(store)
     accept(store)
+    store.uploads.add("a.jsonl", "fine-tune", b"a", 1)
     store.start_batch(["job_000002"], BASE)
     if name != "start_reconsolidation":  # which begins only while nothing waits
         accept(store)

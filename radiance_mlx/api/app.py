@@ -10,9 +10,8 @@ from starlette.routing import Route
 
 from ..errors import InternalError, MethodNotAllowed, NotFound, RadianceError
 from ..service import Service
-from .openapi import OWN_PATH, document
+from .openapi import OWN_PATH, TABLE, document, shown
 from .responses import error_response
-from .routes import TABLE
 from .security import Guard
 
 log = structlog.get_logger(__name__)
@@ -41,26 +40,25 @@ def make_app(service: Service) -> Starlette:
 
 async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, RadianceError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    path = request.url.path
     if error.status_code == 404:
-        paths = ", ".join(sorted({*(facts.path for facts in TABLE), OWN_PATH}))
-        return error_response(NotFound(f"There is no route {request.url.path}.", f"Routes: {paths}."))
+        paths = ", ".join(sorted({*(shown(facts.path) for facts in TABLE), OWN_PATH}))
+        return error_response(NotFound(f"There is no route {path}.", f"Routes: {paths}."), path)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        answer = error_response(
-            MethodNotAllowed(f"{request.method} is not for {request.url.path}.", f"Allowed: {allowed}.")
-        )
+        answer = error_response(MethodNotAllowed(f"{request.method} is not for {path}.", f"Allowed: {allowed}."), path)
         answer.headers["allow"] = allowed
         return answer
     fault = RadianceError(str(error.detail))
     fault.status = error.status_code
-    return error_response(fault)
+    return error_response(fault, path)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     log.error("unexpected error", path=request.url.path, exc_info=error)
-    return error_response(InternalError.of(error))
+    return error_response(InternalError.of(error), request.url.path)

@@ -24,7 +24,7 @@ async def read_body(request: Request, settings: ServerSection, *, optional: bool
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     body = b""
     if kind == JSON or (optional and not kind):
-        body = await _content(request, settings)
+        body = await content_of(request, settings)
         if optional and not body:
             return b"{}"
     if kind != JSON:
@@ -34,7 +34,8 @@ async def read_body(request: Request, settings: ServerSection, *, optional: bool
     return body
 
 
-async def _content(request: Request, settings: ServerSection) -> bytes:
+async def content_of(request: Request, settings: ServerSection) -> bytes:
+    """Whatever it is, bounded in size and time. Raises `PayloadTooLarge`, `RequestTimeout`, `MalformedBody`."""
     limit = int(settings.max_body_mb * 2**20)
     body = bytearray()
     try:

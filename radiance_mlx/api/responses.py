@@ -5,17 +5,19 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from ..errors import RadianceError
-from ..messages import FINAL_STATES, Answer
-from ..service import iso
+from ..messages import FINAL_STATES, Answer, iso
 from ..store import CheckpointRecord, JobRecord
+from .v1.errors import PREFIX, error_body, status_of
 
 
-def error_response(error: RadianceError) -> JSONResponse:
-    """`{"error": …}` with the error's own status."""
-    headers = {"retry-after": "1"} if error.status == 503 else {}
-    if error.status == 401:
+def error_response(error: RadianceError, path: str) -> JSONResponse:
+    """`{"error": …}` with the error's own status; under `/v1` as OpenAI's clients know errors."""
+    openai = path.startswith(PREFIX)
+    status = status_of(error) if openai else error.status
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse({"error": error.as_dict()}, error.status, headers)
+    return JSONResponse(error_body(error) if openai else {"error": error.as_dict()}, status, headers)
 
 
 def answer_body(answer: Answer, latency_s: float) -> dict[str, Any]:

@@ -3,36 +3,19 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import Cancelled, InvalidRequest
+from ..errors import InvalidRequest
 from ..messages import FINAL_STATES, JobState
-from ..service import Service
 from . import schemas
 from .bodies import parse, parse_update, read_body
 from .responses import answer_body, checkpoint_body, job_body
+from .routing import RouteFacts, number, service_of, serving, unless_client_leaves
 from .sse import streamed, streamed_work
-
-T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-def service_of(request: Request) -> Service:
-    """The service behind this request."""
-    service: Service = request.app.state.service
-    return service
-
-
-def serving(service: Service) -> dict[str, str]:
-    """What answers by default now: every answer says it."""
-    checkpoint, status = service.current
-    return {"checkpoint": checkpoint, "checkpoint_status": status}
 
 
 async def search(request: Request) -> Response:
@@ -43,29 +26,10 @@ async def search(request: Request) -> Response:
     asked = body.as_request()
     if asked.stream:
         pieces = service.stream(asked)
-        first = await _unless_client_leaves(request, anext(pieces))  # what goes wrong before has its own status
+        first = await unless_client_leaves(request, anext(pieces))  # what goes wrong before has its own status
         return streamed(first, pieces, started)
-    answer = await _unless_client_leaves(request, service.search(asked))
+    answer = await unless_client_leaves(request, service.search(asked))
     return JSONResponse(answer_body(answer, time.perf_counter() - started))
-
-
-async def _unless_client_leaves(request: Request, answering: Awaitable[T]) -> T:
-    """Await an answer; if the client disconnects first, cancel it, which ends the generation."""
-    task = asyncio.ensure_future(answering)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Cancelled("The client left before the answer was complete.")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def update(request: Request) -> Response:
@@ -92,8 +56,8 @@ async def jobs(request: Request) -> Response:
     state = request.query_params.get("state")
     if state is not None and state not in JobState.__args__:  # type: ignore[attr-defined]
         raise InvalidRequest(f"There is no state {state}.", f"States: {', '.join(JobState.__args__)}.")  # type: ignore[attr-defined]
-    limit = _number(request, "limit", 100, 1, 1000)
-    before = _number(request, "before", 0, 0, 2**62) or None
+    limit = number(request, "limit", 100, 1, 1000)
+    before = number(request, "before", 0, 0, 2**62) or None
     found = await service.jobs(state, limit, before)
     following = found[-1].number if len(found) == limit else None
     bodies = [job_body(job, service.progress_of(job)) for job in found]
@@ -150,7 +114,7 @@ async def evaluate(request: Request) -> Response:
 
     if body.stream:
         return streamed_work(measure, lambda: serving(service))
-    found = await _unless_client_leaves(request, measure(lambda done, of: None))
+    found = await unless_client_leaves(request, measure(lambda done, of: None))
     return JSONResponse({**found, **serving(service)})
 
 
@@ -179,32 +143,6 @@ async def readyz(request: Request) -> Response:
     return JSONResponse({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
 
-def _number(request: Request, name: str, default: int, low: int, high: int) -> int:
-    text = request.query_params.get(name)
-    try:
-        value = default if text is None else int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}.")
-    return value
-
-
-@dataclass(frozen=True)
-class RouteFacts:
-    """One route, for Starlette and for `/openapi.json`."""
-
-    method: str
-    path: str
-    handler: Handler
-    answer: type[BaseModel]
-    status: int = 200
-    body: type[BaseModel] | None = None
-    body_optional: bool = False
-    errors: tuple[int, ...] = ()
-    query: dict[str, str] = field(default_factory=dict)
-
-
 TABLE = (
     RouteFacts(
         "POST",
@@ -212,6 +150,7 @@ TABLE = (
         search,
         schemas.SearchAnswer,
         body=schemas.SearchRequest,
+        streams=True,
         errors=(400, 404, 408, 409, 413, 415, 422, 503),
     ),
     RouteFacts(
@@ -221,6 +160,7 @@ TABLE = (
         schemas.UpdateAnswer,
         status=202,
         body=schemas.UpdateRequest,
+        idempotent=True,
         errors=(400, 408, 413, 415, 422, 503, 507),
     ),
     RouteFacts("GET", "/info", info, schemas.Info, errors=(503,)),
@@ -251,6 +191,7 @@ TABLE = (
         evaluate,
         schemas.EvalAnswer,
         body=schemas.EvalRequest,
+        streams=True,
         body_optional=True,
         errors=(400, 404, 408, 409, 413, 415, 422, 503),
     ),

@@ -33,7 +33,7 @@ class Guard:
             local, _ = scope.get("server") or ("", None)
             self._check(Headers(scope=scope), scope["path"], local.lower().removeprefix("::ffff:"))
         except RadianceError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -25,7 +25,8 @@ import uvicorn
 from ..config import Loaded
 from ..config.schema import ServerSection
 from ..errors import ConfigError, RadianceError
-from ..service import Service, iso
+from ..messages import iso
+from ..service import Service
 from ..store import write_durably
 from .app import make_app
 

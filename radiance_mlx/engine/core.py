@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..checkpoints import folder as folders
 from ..config import Config
-from ..errors import Conflict, InternalError, RadianceError, StoreError
+from ..errors import Conflict, InternalError, Paused, RadianceError, StoreError
 from ..evaluation.anchors import AnchorSet
 from ..evaluation.plan import Plan, Subject
 from ..lora import files
@@ -92,6 +92,7 @@ class Engine:
             vocab_size=self._base.vocab_size,
             targets=self._targets.paths,
             chat_template=bool(self._base.tokenizer.has_chat_template),
+            tools=self._encoder.takes_tools,
             warnings=tuple(warnings),
             seconds=round(seconds, 3),
         )
@@ -219,8 +220,14 @@ class Engine:
         if done is not None:
             done(outcome)
 
+    def pause(self) -> None:
+        """Stop the batch in training, if there is one; it can be gone on with from where it stands."""
+        if isinstance(self._task, TrainingTask):
+            self._task.keep_state(wait=True)
+            self._finish(Paused("The job was paused."))
+
     def _finish_training(self, task: TrainingTask, outcome: Any) -> None:
-        task.close(forget_state=isinstance(outcome, RadianceError) and not isinstance(outcome, StoreError))
+        task.close(forget_state=isinstance(outcome, RadianceError) and not isinstance(outcome, StoreError | Paused))
         if isinstance(outcome, TrainResult):
             weights = task.live()
             self._trained = (task.batch.checkpoint, task.step, lambda: weights)

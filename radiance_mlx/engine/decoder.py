@@ -5,11 +5,12 @@ whichever adapters they use. Each `step` admits, prefills a bounded part of prom
 every active sequence.
 """
 
+import functools
 import logging
 import secrets
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from ..config.schema import MemorySection, ServingSection
 from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
-from ..messages import BASE, Answer, Generate, TextDelta
+from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
 from .generation import JoiningGenerator
 from .model import BaseModel
@@ -26,6 +27,8 @@ from .prompts import PromptCache
 from .rows import BankModel, RowSampler, RowState
 from .slots import Slots
 from .text import AnswerText
+from .tokens import token_bytes
+from .wishes import Wishes
 
 log = logging.getLogger(__name__)
 #: so many tokens must be new for a finished sequence to be kept: taking its keys and values out costs as much as
@@ -50,6 +53,7 @@ class _Sequence:
     sink: Sink
     prompt: list[int]
     text: AnswerText
+    wishes: Wishes | None = None
     checkpoint: str = BASE
     status: str = BASE
     live: bool = False
@@ -82,6 +86,7 @@ class Decoder:
         self._context = min(base.context, serving.max_context or base.context)
         self._slots = Slots(bank.slots)
         self._prompts = PromptCache(int(serving.prompt_cache_mb * 2**20))
+        self._bytes = functools.cache(functools.partial(token_bytes, base.tokenizer))
         self._waiting: deque[tuple[int, _Sequence]] = deque()
         self._active: dict[int, _Sequence] = {}  # by the generator's uid
         self._uid_of: dict[int, int] = {}  # request number → uid
@@ -115,9 +120,10 @@ class Decoder:
             if len(self._waiting) >= self._serving.max_waiting:
                 raise Busy(f"{len(self._waiting)} requests are waiting.", "Try again in a moment.")
             self._require_room(self._encoder.at_least(request.messages), "at least ")
-            prompt = list(request.prompt or self._encoder.prompt(request.messages))
+            prompt = list(request.prompt or self._encoder.prompt(request.messages, request.tools))
             self._require_room(len(prompt))
-            text = AnswerText(self._base.tokenizer, prompt, request.sampling.stop)
+            stop, tokenizer = request.sampling.stop, self._base.tokenizer
+            text = AnswerText(tokenizer, prompt, stop, plain=request.plain, tools=request.tools)
         except RadianceError as error:
             sink(error)
             return
@@ -245,7 +251,8 @@ class Decoder:
         sampling = sequence.request.sampling
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(32)
         kept = None if sequence.live or sequence.slot == BASE_SLOT else sequence.checkpoint
-        row = RowState(sequence.slot, sampling.temperature, sampling.top_p, _fold(seed), kept)
+        sequence.wishes = Wishes.of(sampling)
+        row = RowState(sequence.slot, sampling.temperature, sampling.top_p, _fold(seed), kept, sequence.wishes)
         cache, rest = (None, sequence.prompt)
         if not sequence.live:
             cache, rest = self._prompts.take(sequence.checkpoint, sequence.prompt)
@@ -266,7 +273,7 @@ class Decoder:
         ended = response.finish_reason
         if ended != "stop":  # the end token itself is not part of the answer
             sequence.drawn += 1
-            delta = sequence.text.add(response.token)
+            delta = sequence.text.add(response.token, self._told(sequence, response.token))
             if sequence.text.stopped and ended is None:
                 self._stop_early(sequence)
                 ended = "stop"
@@ -282,6 +289,14 @@ class Decoder:
         self._leave(sequence.uid)
         sequence.sink(self._answer(sequence, ended))
 
+    def _told(self, sequence: _Sequence, token: int) -> TokenLogprob | None:
+        """What `sequence` wants to know of the token that it has just drawn."""
+        if sequence.wishes is None or sequence.wishes.logprobs is None:
+            return None
+        own, likeliest = sequence.wishes.next_logprobs()
+        top = tuple(TokenLogprob(other, self._bytes(other), logprob) for other, logprob in likeliest)
+        return TokenLogprob(token, self._bytes(token), own, top)
+
     def _stop_early(self, sequence: _Sequence) -> None:
         kept = self._generator.remove([sequence.uid], return_prompt_caches=True)
         if sequence.uid in kept:
@@ -294,8 +309,8 @@ class Decoder:
             self._prompts.keep(sequence.checkpoint, tokens, cache[:-1])
 
     def _deliver(self, sequence: _Sequence, delta: TextDelta) -> None:
-        if sequence.request.stream and (delta.text or delta.reasoning):
-            sequence.sink(delta)
+        if sequence.request.stream and delta:
+            sequence.sink(replace(delta, checkpoint=sequence.checkpoint, checkpoint_status=sequence.status))
 
     def _answer(self, sequence: _Sequence, finish_reason: Any) -> Answer:
         text = sequence.text
@@ -308,6 +323,8 @@ class Decoder:
             prompt_tokens=len(sequence.prompt),
             completion_tokens=sequence.drawn,
             cached_tokens=sequence.cached,
+            tool_calls=text.tool_calls,
+            logprobs=text.logprobs,
         )
 
     def _leave(self, uid: int) -> None:

@@ -16,6 +16,7 @@ from ..checkpoints.folder import read, verify
 from ..config import Config
 from ..config.schema import ReplaySection
 from ..lora import files, memory
+from ..lora.batches import fit_to_data
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_found, install_head
 from ..lora.prefix import install_prefix
@@ -34,10 +35,12 @@ def fitted(config: Config, batch: TrainBatch, context: int) -> Config:
     """`config` for this batch and model.
 
     A reconsolidation replays nothing, for its batch is the log, and holds nothing out, for all of it was learnt before.
+    The batch's own terms go before the configuration.
     """
     training = {
         "max_seq_length": min(config.training.max_seq_length, context),
         "max_steps": batch.max_steps or config.training.max_steps,
+        **_by_terms(config, batch),
     }
     whole = {"eval_fraction": 0.0, "eval_holdout": False, "patience": 0} if batch.reconsolidated else {}
     return config.model_copy(
@@ -46,6 +49,25 @@ def fitted(config: Config, batch: TrainBatch, context: int) -> Config:
             "replay": ReplaySection() if batch.reconsolidated else config.replay,
         }
     )
+
+
+def _by_terms(config: Config, batch: TrainBatch) -> dict[str, Any]:
+    """A step's examples are divided into micro-batches that are no larger than the configured ones."""
+    settings, terms, found = config.training, batch.terms, dict[str, Any]()
+    if terms.seed is not None:
+        found["seed"] = terms.seed
+    if terms.lr_multiplier is not None:
+        found["lr"] = settings.lr * terms.lr_multiplier
+    if terms.batch_size is not None:
+        rows = min(terms.batch_size, len(batch.examples))
+        micro = next(size for size in range(min(settings.batch_size, rows), 0, -1) if rows % size == 0)
+        found |= {"batch_size": micro, "grad_accum": rows // micro}
+    if terms.epochs is not None:
+        step = fit_to_data(settings.model_copy(update=found), len(batch.examples))
+        rows = step.batch_size * step.grad_accumulation_steps
+        own = 1.0 - config.replay.fraction if batch.replayable else 1.0  # of a step's rows
+        found["max_steps"] = math.ceil(terms.epochs * len(batch.examples) / (rows * own))
+    return found
 
 
 class Preparation:

@@ -3,7 +3,8 @@
 Both ride as one more entry in the sequence's prompt cache, which the generator merges, filters, extends and
 extracts like any other. The model wrapper takes the entry off, sets the bank's rows, and the one sampler that
 all sequences share reads temperatures, top_p and keys from it. A row's key is (seed, tokens drawn so far), so
-its answer is the same alone and in any batch.
+its answer is the same alone and in any batch. What some rows want beyond that (`wishes`) costs nothing in a batch
+in which no row does, and changes no other row.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from mlx_lm.sample_utils import apply_top_p
 
 from ..lora.bank import BASE_SLOT, ActiveRows
 from .fused import FusedStable
+from .wishes import Wishes, shaped, tell
 
 COLDEST, HOTTEST = 1e-4, 1e30  # of temperatures: dividing by less overflows, by more is not done in 32 bits
 NARROWEST = 1e-7  # of top_p: less than the likeliest token of any vocabulary has
@@ -27,11 +29,20 @@ class RowState:
     What leaves one token only, so little heat or top_p, is greedy (temperature 0).
     """
 
-    __slots__ = ("checkpoint", "drawn", "seed", "slot", "temperature", "top_p")
+    __slots__ = ("checkpoint", "drawn", "seed", "slot", "temperature", "top_p", "wishes")
 
-    def __init__(self, slot: int, temperature: float, top_p: float, seed: int, checkpoint: str | None = None) -> None:
+    def __init__(
+        self,
+        slot: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        checkpoint: str | None = None,
+        wishes: Wishes | None = None,
+    ) -> None:
         """`checkpoint` is what the slot holds, if that stays as it is."""
         self.slot, self.top_p, self.seed, self.checkpoint = slot, top_p, seed, checkpoint
+        self.wishes = wishes
         one_only = temperature < COLDEST or top_p < NARROWEST
         self.temperature = 0.0 if one_only else min(temperature, HOTTEST)
         self.drawn = 0
@@ -48,6 +59,10 @@ class RowEntry:
         slots = [row.slot for row in rows]
         self.slots = None if all(slot == BASE_SLOT for slot in slots) else mx.array(slots, dtype=mx.uint32)
         self.greedy = all(row.temperature == 0 for row in rows)
+        wishes = [(place, row.wishes) for place, row in enumerate(rows) if row.wishes is not None]
+        self.shaped = [(place, wish) for place, wish in wishes if wish.shapes]
+        self.told = [(place, wish) for place, wish in wishes if wish.logprobs is not None]
+        self.inputs: mx.array | None = None  # what the model has just been given, if it matters
         names = {row.checkpoint for row in rows}
         self.checkpoint = names.pop() if len(names) == 1 else None  # what all rows use
 
@@ -120,6 +135,8 @@ class BankModel(nn.Module):
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         entry = cache[-1]
         self.current = entry
+        if entry.shaped:
+            entry.inputs = tokens
         if self._fused and self._fused.tree and entry.checkpoint == self._fused.name:
             return self._fused.tree(tokens, cache=cache[:-1])
         self._active.slots = entry.slots
@@ -136,13 +153,23 @@ class RowSampler:
         """(rows, vocabulary) logits → (rows,) tokens."""
         entry = self._model.current
         assert entry is not None
-        keys = [[row.seed, row.drawn] for row in entry.rows]
-        for row in entry.rows:
+        drawn_from = logits
+        if entry.shaped:
+            assert entry.inputs is not None
+            drawn_from = shaped(logits, entry.shaped, entry.inputs[:, -1], [row.drawn for row in entry.rows])
+        tokens = self._draw(drawn_from, entry)
+        if entry.told:
+            tell(logits, tokens, entry.told)
+        return tokens
+
+    def _draw(self, logits: mx.array, entry: RowEntry) -> mx.array:
+        rows = entry.rows
+        keys = [[row.seed, row.drawn] for row in rows]
+        for row in rows:
             row.drawn += 1
         best = mx.argmax(logits, axis=-1)
         if entry.greedy:
             return best
-        rows = entry.rows
         logits = logits.astype(mx.float32)
         if any(row.top_p < 1.0 for row in rows):
             logits = _top_p(logits, rows)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import Config
-from ..errors import InternalError, NotReady, RadianceError
+from ..errors import InternalError, NotReady, PromptTooLong, RadianceError
 from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class EngineThread:
         too_long = self._encoder.at_least(request.messages) >= self._context  # the engine refuses it unencoded
         if too_long or sum(len(content) for _, content in request.messages) < LONG_PROMPT:
             return request
-        tokens = await self.encode(lambda encoder: encoder.prompt(request.messages))
+        tokens = await self.encode(lambda encoder: encoder.prompt(request.messages, request.tools))
         return replace(request, prompt=tuple(tokens))
 
     async def encode(self, work: "Callable[[ChatEncoder], T]") -> T:
@@ -134,6 +134,19 @@ class EngineThread:
         assert self._encoder is not None
         async with self._encoding:
             return await asyncio.to_thread(work, self._encoder)
+
+    async def tokens(self, text: str) -> tuple[int, ...]:
+        """Bare text as the base's tokens, with what the tokenizer puts in front. Raises `PromptTooLong`."""
+
+        def work(encoder: "ChatEncoder") -> tuple[int, ...]:
+            least = encoder.at_least((("", text),))
+            if least >= self._context:
+                raise PromptTooLong(
+                    f"The prompt has at least {least} tokens; this model takes {self._context - 1}.", "Shorten it."
+                )
+            return tuple(encoder.tokenizer.encode(text))
+
+        return await self.encode(work)
 
     async def answer(self, request: Generate) -> Answer:
         """The whole answer. Cancelling the awaiting task ends the generation."""

@@ -86,6 +86,8 @@ class TrainingTask:
         self._kept_at = time.monotonic()
         self._kept = KeptState(home / "state" / "training" / batch.checkpoint)
         self._final: list[float] = []
+        self._validation: list[float] = []
+        self._encoder = encoder
         self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings)
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
@@ -184,6 +186,17 @@ class TrainingTask:
         yield from trainer.evaluate_all(self._final)
         if self._evaluation:
             yield from self._evaluate(self._evaluation)
+        if self.batch.validation:
+            yield from self._validate()
+
+    def _validate(self) -> Iterator[Piece]:
+        """The loss of examples that were not learnt."""
+        room, mask = self._settings.max_seq_length, self._settings.mask_prompt
+        rows = [self._encoder.example(e, mask_prompt=mask, max_tokens=room) for e in self.batch.validation]
+        yield Piece([], barrier=True, pause=True)
+        usable = [row for row in rows if row.targets > 0]
+        if usable:
+            yield from self._trainer.evaluate(usable, self._validation)
 
     def _evaluate(self, evaluation: UpdateEvaluation) -> Iterator[Piece]:
         yield from evaluation.after(
@@ -238,7 +251,8 @@ class TrainingTask:
             metrics=training_metrics(
                 self._trainer, self.batch, self._final[-1], used, self._backend, time.time() - self._started
             )
-            | ({**self._evaluation.metrics, "evaluation": self._evaluation.facts()} if self._evaluation else {}),
+            | ({**self._evaluation.metrics, "evaluation": self._evaluation.facts()} if self._evaluation else {})
+            | ({"validation_loss": self._validation[-1]} if self._validation else {}),
             outcome=self._evaluation.verdict.outcome if self._evaluation else "pass",
             config=used,
             notes=tuple(self._notes),

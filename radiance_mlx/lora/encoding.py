@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import InvalidRequest
-from ..messages import Example
+from ..messages import Example, Tools, as_chat
 
 Messages = Sequence[tuple[str, str]]
 #: messages, and the functions that they may call, as a chat template takes them
@@ -45,11 +45,11 @@ class ChatEncoder:
         """A lower bound of the tokens in `messages`, without encoding them: no token has more characters."""
         return sum(len(content) for _, content in messages) // self._longest
 
-    def prompt(self, messages: Messages) -> list[int]:
+    def prompt(self, messages: Messages, tools: Tools | None = None) -> list[int]:
         """Tokens of `messages` up to where the answer begins. Raises `InvalidRequest` if the template refuses."""
         if self.tokenizer.has_chat_template:
-            chat = [{"role": role, "content": content} for role, content in messages]
-            return self._render(chat, None, add_generation_prompt=True)
+            tools = tools or Tools()
+            return self._render(as_chat(messages, tools.beside), list(tools.functions), add_generation_prompt=True)
         return list(self.tokenizer.encode("\n".join(content for _, content in messages)))
 
     def example(self, example: Example, *, mask_prompt: bool = True, max_tokens: int = 2048) -> Encoded:
@@ -91,6 +91,11 @@ class ChatEncoder:
         except InvalidRequest:
             return False
         return name in said
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the model can be given tools and asked to call them: mlx-lm knows too how it writes calls."""
+        return self.shows_tools and bool(self.tokenizer.has_tool_calling)
 
     def _split(self, chat: Chat, functions: Functions) -> tuple[list[int], list[int]]:
         if not self.tokenizer.has_chat_template:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from ..messages import Example, json_of
+from ..messages import Example, as_call, json_of
 
 Text = Annotated[str, Field(min_length=1)]
 #: levels of what tools and their calls may hold
 DEEPEST = 64
-#: what other programs call the roles
+#: what other programs call the roles that chat templates know
 ROLES = {"developer": "system", "function": "tool"}
 
 
@@ -128,9 +128,8 @@ class ToolCall(Strict):
     index: int | None = None  # left over from a stream
 
     def as_dict(self) -> dict[str, Any]:
-        """As templates take it: arguments as an object."""
-        function = {"name": self.function.name, "arguments": self.function.arguments}
-        return {**({"id": self.id} if self.id else {}), "type": "function", "function": function}
+        """As templates take it."""
+        return as_call(self.function.name, self.function.arguments, self.id)
 
 
 class TaughtMessage(Strict):

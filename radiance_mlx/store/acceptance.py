@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import IdempotencyMismatch
-from ..messages import Example
+from ..messages import Example, Terms
 from . import jobs
 from .files import write_unpublished
 from .jobs import JobRecord
@@ -33,6 +33,7 @@ def new_job(
     body_hash: str,
     now: float,
     consolidates: str | None = None,
+    terms: Terms | None = None,
 ) -> JobRecord:
     """Insert the next job with its examples; it gets the next number."""
     number = jobs.next_number(db)
@@ -52,6 +53,7 @@ def new_job(
         idempotency_key=idempotency_key,
         body_hash=body_hash,
         consolidates=consolidates,
+        terms=terms,
     )
     jobs.insert(db, job, examples)
     return job

@@ -59,6 +59,12 @@ def reserve(db: sqlite3.Connection, base_hash: str, now: float) -> str:
     return checkpoint
 
 
+def is_newest(db: sqlite3.Connection, checkpoint: str) -> bool:
+    """Whether no id was given after this one."""
+    row = db.execute("SELECT checkpoint FROM reservations ORDER BY number DESC LIMIT 1").fetchone()
+    return row is not None and bool(row["checkpoint"] == checkpoint)
+
+
 def insert(db: sqlite3.Connection, record: CheckpointRecord) -> None:
     """Raises `Conflict` when its id or number is taken, or its parent is not of the same base."""
     taken = db.execute(

@@ -3,11 +3,11 @@
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from ..errors import Cancelled, Conflict, NotFound
-from ..messages import FINAL_STATES, Example, JobKind, JobState
+from ..messages import FINAL_STATES, Example, JobKind, JobState, Terms
 from .database import optional_from_json, optional_json, to_json
 
 #: what `set_state` may do. Into training and published lead `start_batch` and `publish` alone, and out of
@@ -45,6 +45,7 @@ class JobRecord:
     body_hash: str
     cancel_requested: bool = False  # while it trains: to be cancelled, not published
     consolidates: str | None = None  # the checkpoint whose whole log it trains anew; None: an update
+    terms: Terms | None = None  # what it asks of its training: a batch of its own
 
     @property
     def kind(self) -> JobKind:
@@ -60,9 +61,10 @@ def insert(db: sqlite3.Connection, job: JobRecord, examples: Sequence[Example]) 
     row = (job.number, job.job_id, job.state, job.created, job.updated, to_json(job.tags), job.example_count)
     db.execute(
         """INSERT INTO jobs
-           (number, job_id, state, created, updated, tags, example_count, idempotency_key, body_hash, consolidates)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
-        (*row, job.idempotency_key, job.body_hash, job.consolidates),
+           (number, job_id, state, created, updated, tags, example_count, idempotency_key, body_hash, consolidates,
+            terms)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+        (*row, job.idempotency_key, job.body_hash, job.consolidates, optional_json(job.terms and asdict(job.terms))),
     )
     db.executemany(
         "INSERT INTO examples VALUES (?, ?, ?)",
@@ -257,6 +259,33 @@ def cancel(db: sqlite3.Connection, job_id: str, now: float) -> JobRecord:
     return one(db, job_id)
 
 
+def pause(db: sqlite3.Connection, job_id: str, now: float) -> JobRecord:
+    """A job that waits is queued no more. One that trains stays as it is: it is held by whoever trains it."""
+    job = one(db, job_id)
+    require([job], {"queued", "paused", *IN_BATCH}, "cannot be paused")
+    if job.state == "queued":
+        put_state(db, [job_id], "paused", now)
+    return one(db, job_id)
+
+
+def hold(db: sqlite3.Connection, job_id: str, now: float) -> None:
+    """Its training has been stopped and its state kept: the checkpoint that it becomes stays reserved."""
+    job = one(db, job_id)
+    require([job], IN_BATCH, "does not train, and cannot be held")
+    if job.cancel_requested:
+        put_state(db, [job_id], "cancelled", now)
+        return
+    db.execute(
+        "UPDATE jobs SET state = 'paused', attempts = max(attempts - 1, 0), updated = ? WHERE job_id = ?", (now, job_id)
+    )
+
+
+def resume(db: sqlite3.Connection, job_id: str, now: float) -> JobRecord:
+    require([one(db, job_id)], {"paused"}, "cannot be resumed")
+    put_state(db, [job_id], "queued", now)
+    return one(db, job_id)
+
+
 def _record(row: sqlite3.Row) -> JobRecord:
     values = dict(row)
     values["tags"] = tuple(json.loads(row["tags"]))
@@ -264,4 +293,5 @@ def _record(row: sqlite3.Row) -> JobRecord:
     values["error"] = optional_from_json(row["error"])
     values["progress"] = optional_from_json(row["progress"])
     values["cancel_requested"] = bool(row["cancel_requested"])
+    values["terms"] = None if row["terms"] is None else Terms(**json.loads(row["terms"]))
     return JobRecord(**values)

@@ -16,7 +16,20 @@ def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: floa
 
 def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:
     rows = db.execute("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", (number, limit))
-    return [{"id": row["id"], "at": row["at"], "kind": row["kind"], "data": json.loads(row["data"])} for row in rows]
+    return [_event(row) for row in rows]
+
+
+def of_job(db: sqlite3.Connection, job_id: str, number: int) -> list[dict[str, Any]]:
+    rows = db.execute(
+        """SELECT events.* FROM events, json_each(events.data, '$.jobs') AS job
+           WHERE events.id > ? AND job.value = ? ORDER BY events.id""",
+        (number, job_id),
+    )
+    return [_event(row) for row in rows]
+
+
+def _event(row: sqlite3.Row) -> dict[str, Any]:
+    return {"id": row["id"], "at": row["at"], "kind": row["kind"], "data": json.loads(row["data"])}
 
 
 def get(db: sqlite3.Connection, key: str) -> str | None:

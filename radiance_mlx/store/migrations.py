@@ -130,6 +130,34 @@ def tell_reconsolidations(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE checkpoints ADD COLUMN reconsolidated INTEGER NOT NULL DEFAULT 0")
 
 
+def keep_uploads_and_tunings(db: sqlite3.Connection) -> None:
+    """Uploaded files, fine-tuning jobs made of them, and what such a job asks of its training (JSON)."""
+    db.execute(
+        """CREATE TABLE uploads (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            file_id TEXT NOT NULL UNIQUE,
+            filename TEXT NOT NULL,
+            purpose TEXT NOT NULL,
+            bytes INTEGER NOT NULL,
+            rows INTEGER NOT NULL,
+            sha256 TEXT NOT NULL,
+            created REAL NOT NULL
+        )"""
+    )
+    db.execute(
+        """CREATE TABLE tunings (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            tuning_id TEXT NOT NULL UNIQUE,
+            job_id TEXT NOT NULL UNIQUE REFERENCES jobs (job_id),
+            created REAL NOT NULL,
+            suffix TEXT,
+            request TEXT NOT NULL,
+            validation TEXT NOT NULL
+        )"""
+    )
+    db.execute("ALTER TABLE jobs ADD COLUMN terms TEXT")
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     create_jobs,
     create_checkpoints,
@@ -137,4 +165,5 @@ MIGRATIONS: tuple[Migration, ...] = (
     create_meta,
     remember_cancellations,
     tell_reconsolidations,
+    keep_uploads_and_tunings,
 )

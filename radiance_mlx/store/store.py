@@ -1,17 +1,20 @@
 """The store as others see it: each method is one short transaction."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Conflict, StoreError
-from ..messages import Example
+from ..messages import Example, Terms
 from . import acceptance, checkpoints, jobs, journal
 from .checkpoints import CheckpointRecord
 from .database import Database
 from .files import sync_folder
 from .jobs import JobRecord
+from .tunings import Tunings
+from .uploads import Uploads
 
 
 class Store:
@@ -27,7 +30,7 @@ class Store:
         self._data = home / "data"
         state = home / "state"
         try:
-            for folder in (state, self._data / "raw", self._data / "curated"):
+            for folder in (state, self._data / "raw", self._data / "curated", self._data / "files"):
                 folder.mkdir(parents=True, exist_ok=True)
             for folder in (home, self._data):
                 sync_folder(folder)
@@ -37,6 +40,8 @@ class Store:
                 "It must be a folder in which this user may write.",
             ) from error
         self._database = Database(state / "radiance.db", clock)
+        self.uploads = Uploads(self._database, self._data / "files", clock)
+        self.tunings = Tunings(self._database)
 
     def close(self) -> None:
         """May be called more than once."""
@@ -54,18 +59,22 @@ class Store:
         idempotency_key: str | None = None,
         body_hash: str,
         state: Literal["queued", "review"] = "queued",
+        terms: Terms | None = None,
+        also: Callable[[sqlite3.Connection, JobRecord], None] = lambda db, job: None,
     ) -> tuple[JobRecord, bool]:
         """Make a job of an update; True when it is new.
 
         `data/raw/<job_id>.json` and the files of `data/curated/<job_id>/` are on disk before the job is. A
         key that is known makes no second job: the first comes back as it now stands, or
-        `IdempotencyMismatch` is raised when its body was another.
+        `IdempotencyMismatch` is raised when its body was another. `also` is done in the same transaction.
         """
         with self._database.write() as db:
             known = acceptance.known(db, idempotency_key, body_hash)
             if known is not None:
                 return known, False
-            job = acceptance.new_job(db, examples, tags, state, idempotency_key, body_hash, self._clock())
+            now = self._clock()
+            job = acceptance.new_job(db, examples, tags, state, idempotency_key, body_hash, now, terms=terms)
+            also(db, job)
             acceptance.write_files(self._data, job.job_id, raw, curated)
         return job, True
 
@@ -128,19 +137,53 @@ class Store:
         with self._database.write() as db:
             return jobs.cancel(db, job_id, self._clock())
 
+    def pause(self, job_id: str) -> JobRecord:
+        """Have a job wait until `resume`. One that trains is left as it is (see `hold`).
+
+        Raises `NotFound`, or `Conflict` for one that has ended.
+        """
+        with self._database.write() as db:
+            before, now = jobs.one(db, job_id), self._clock()
+            job = jobs.pause(db, job_id, now)
+            if job.state != before.state:
+                journal.append(db, "paused", {"jobs": [job_id]}, now)
+            return job
+
+    def hold(self, job_id: str) -> bool:
+        """Pause a job whose training has been stopped, with its state kept; False if it was to be cancelled, and is."""
+        with self._database.write() as db:
+            now = self._clock()
+            jobs.hold(db, job_id, now)
+            held = jobs.one(db, job_id).state == "paused"
+            if held:
+                journal.append(db, "paused", {"jobs": [job_id]}, now)
+        return held
+
+    def resume(self, job_id: str) -> JobRecord:
+        """Have a paused job wait for its training again. Raises `NotFound`, or `Conflict` when it is not paused."""
+        with self._database.write() as db:
+            now = self._clock()
+            job = jobs.resume(db, job_id, now)
+            journal.append(db, "resumed", {"jobs": [job_id]}, now)
+            return job
+
     # batches
 
     def start_batch(self, job_ids: Sequence[str], base_hash: str) -> str:
         """Move queued jobs to training, one more attempt counted, and return the checkpoint they become.
 
-        The id is never given again, even if the batch fails. Raises `Conflict` when a job is not queued.
+        The id is never given again, even if the batch fails; a job that was held goes on with the one it has, unless
+        another was given since. Raises `Conflict` when a job is not queued.
         """
         if not job_ids:
             raise ValueError("a batch needs jobs")
         with self._database.write() as db:
-            jobs.require(jobs.many(db, job_ids), {"queued"}, "cannot start training")
+            found = jobs.many(db, job_ids)
+            jobs.require(found, {"queued"}, "cannot start training")
             now = self._clock()
-            checkpoint = checkpoints.reserve(db, base_hash, now)
+            held = found[0].checkpoint if len(found) == 1 else None
+            newest = held is not None and checkpoints.is_newest(db, held)
+            checkpoint = held if held is not None and newest else checkpoints.reserve(db, base_hash, now)
             jobs.start(db, job_ids, checkpoint, now)
             return checkpoint
 
@@ -304,6 +347,11 @@ class Store:
         """Events (id, at, kind, data) with a greater id than `after`, oldest first."""
         with self._database.read() as db:
             return journal.after(db, after, limit)
+
+    def events_of(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """All events with a greater id than `after` that name this job among theirs, oldest first."""
+        with self._database.read() as db:
+            return journal.of_job(db, job_id, after)
 
     def get(self, key: str) -> str | None:
         with self._database.read() as db:

@@ -1,0 +1,55 @@
+"""The one kind of body that is not JSON: an upload, bounded like all others."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from ...config.schema import ServerSection
+from ...errors import MalformedBody, UnsupportedMediaType
+from ..bodies import content_of
+from .errors import BadParameter
+
+KIND = "multipart/form-data"
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A file and the fields beside it."""
+
+    filename: str
+    content: bytes
+    fields: dict[str, str]
+
+
+async def read_upload(request: Request, settings: ServerSection, fields: tuple[str, ...]) -> Uploaded:
+    """The `file` and such of `fields` as there are.
+
+    Raises `UnsupportedMediaType`, `PayloadTooLarge`, `RequestTimeout`, `MalformedBody`, `BadParameter`.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != KIND:
+        raise UnsupportedMediaType(f"The content type is {kind or 'missing'}.", f"Send '{KIND}'.")
+    body = await content_of(request, settings)
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=len(fields) + 4).parse()
+    except MultiPartException as error:
+        raise MalformedBody(f"The upload cannot be read: {error.message}") from None
+    file, found = None, dict[str, str]()
+    for name, value in form.multi_items():
+        if name == "file" and isinstance(value, UploadFile):
+            file = Uploaded(value.filename or "", await value.read(), found)
+        elif name in fields and isinstance(value, str):
+            found[name] = value
+        elif name not in (*fields, "file"):
+            raise BadParameter(name, f"Unknown parameter: '{name}'.", code="unknown_parameter")
+    await form.close()
+    if file is None:
+        raise BadParameter("file", "Missing required parameter: 'file', a file.", code="missing_required_parameter")
+    return file

@@ -1,0 +1,70 @@
+"""Reading bodies of OpenAI's requests: the first fault is told, with the parameter that it is about."""
+
+import re
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from starlette.requests import Request
+
+from ...errors import MalformedBody
+from ..bodies import read_body
+from ..routing import service_of
+from .errors import BadParameter
+from .requests import REFUSED
+
+M = TypeVar("M", bound=BaseModel)
+#: parts of a fault's place that name a type, and no parameter
+_TYPE = re.compile(r"[\[(]|^(str|int|float|bool|none|dict|constrained-.*)$|^[A-Z]|-")
+
+
+async def parsed(request: Request, model: type[M], *, optional: bool = False) -> M:
+    """The request's body as `model`. Raises `RadianceError`."""
+    return parse_openai(model, await read_body(request, service_of(request).config.server, optional=optional))
+
+
+def parse_openai(model: type[M], body: bytes) -> M:
+    """`body` as `model`. Raises `MalformedBody` or `BadParameter`."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise explained(error) from None
+
+
+def explained(error: ValidationError) -> MalformedBody | BadParameter:
+    """The fault that lies deepest: of a parameter of many types, it is of the type that was meant."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    first = next((fault for fault in faults if fault["type"] == "json_invalid"), None)
+    if first is not None:
+        return MalformedBody(f"The body is not JSON in UTF-8: {first['msg']}", "Check quotes and commas.")
+    place = faults[0]["loc"][:1]
+    return _told(max((f for f in faults if f["loc"][:1] == place), key=lambda fault: len(fault["loc"])))
+
+
+def _told(fault: ErrorDetails) -> BadParameter:
+    param = _path(fault["loc"])
+    problem = fault["msg"].removeprefix("Value error, ")
+    name = str(fault["loc"][0]) if fault["loc"] else ""
+    if fault["type"] == "extra_forbidden":
+        return BadParameter(
+            param, f"Unknown parameter: '{param}'.", "GET /openapi.json describes what is taken.", "unknown_parameter"
+        )
+    if fault["type"] == "missing":
+        return BadParameter(param, f"Missing required parameter: '{param}'.", code="missing_required_parameter")
+    if name in REFUSED and (len(fault["loc"]) == 1 or name != "messages"):
+        return BadParameter.unsupported(param or name, REFUSED[name])
+    code = "unsupported_value" if "not supported" in problem else "invalid_value"
+    if param is None:  # of several together: the first that is named
+        named = re.match(r"'(\w+)'", problem)
+        return BadParameter(named and named[1], f"{problem}.", code=code)
+    return BadParameter(param, f"Invalid value for '{param}': {problem}.", code=code)
+
+
+def _path(place: tuple[int | str, ...]) -> str | None:
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not _TYPE.search(part):
+            path += f".{part}" if path else part
+    return path or None

@@ -1,0 +1,128 @@
+"""Fine-tuning on the service's own jobs: files that are kept, jobs made of them, and what became of each."""
+
+import asyncio
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+
+from .curation import curated_files
+from .messages import Example, Terms
+from .scheduler import Scheduler
+from .storage import StoreThread
+from .store import CheckpointRecord, JobRecord, Tuned, TuningRecord, UploadRecord
+from .store.tunings import insert
+
+log = structlog.get_logger(__name__)
+
+
+class Tuning:
+    """All methods belong to the event loop."""
+
+    def __init__(self, store: StoreThread, scheduler: Scheduler) -> None:
+        self._store, self._scheduler = store, scheduler
+
+    # --- files -----------------------------------------------------------------------------------
+
+    async def upload(self, filename: str, purpose: str, content: bytes, rows: int) -> UploadRecord:
+        """Keep a file whose `rows` lines are sound; it is durable once this returns."""
+        return await self._store(lambda s: s.uploads.add(filename, purpose, content, rows))
+
+    async def file(self, file_id: str) -> UploadRecord:
+        """Raises `NotFound`."""
+        return await self._store(lambda s: s.uploads.one(file_id))
+
+    async def files(self) -> list[UploadRecord]:
+        """Newest first."""
+        return await self._store(lambda s: s.uploads.all())
+
+    async def content(self, file_id: str) -> bytes:
+        """Raises `NotFound`, `StoreError`."""
+        return await self._store(lambda s: s.uploads.content(file_id))
+
+    async def delete(self, file_id: str) -> None:
+        """Jobs that were made of it keep their examples. Raises `NotFound`."""
+        await self._store(lambda s: s.uploads.delete(file_id))
+
+    # --- jobs ------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        request: dict[str, Any],
+        examples: Sequence[Example],
+        validation: Sequence[Example],
+        *,
+        terms: Terms | None,
+        suffix: str | None,
+        idempotency_key: str | None = None,
+    ) -> Tuned:
+        """Accept a job durably. With `terms` it is a batch of its own, and trains as soon as nothing else does.
+
+        Raises `IdempotencyMismatch`.
+        """
+        rows = {"request": request, "examples": [example.as_dict() for example in examples]}
+        raw = await asyncio.to_thread(lambda: json.dumps(rows).encode())
+        curated = await asyncio.to_thread(curated_files, examples)
+
+        def record(job: JobRecord) -> TuningRecord:
+            return TuningRecord(f"ftjob-{secrets.token_hex(12)}", job.job_id, job.created, suffix, request)
+
+        job, new = await self._store(
+            lambda s: s.accept(
+                examples,
+                [f"suffix:{suffix}"] if suffix else [],
+                raw=raw,
+                curated=curated,
+                idempotency_key=idempotency_key,
+                body_hash=hashlib.sha256(raw).hexdigest(),
+                terms=terms,
+                also=lambda db, job: insert(db, record(job), validation),
+            )
+        )
+        if new:
+            log.info("accepted", job=job.job_id, examples=job.example_count, fine_tuning=True)
+            self._scheduler.wake()
+        tuned = await self._store(lambda s: s.tunings.of_job(job.job_id))
+        assert tuned is not None
+        return tuned
+
+    async def one(self, tuning_id: str) -> Tuned:
+        """Raises `NotFound`."""
+        return await self._store(lambda s: s.tunings.one(tuning_id))
+
+    async def all(self) -> list[Tuned]:
+        """Newest first."""
+        return await self._store(lambda s: s.tunings.all())
+
+    async def names(self) -> dict[str, str]:
+        """`checkpoint:suffix` → checkpoint, of jobs that were given a suffix; newest first."""
+        return await self._store(lambda s: s.tunings.names())
+
+    async def events(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
+        """What the journal says of a job, oldest first; entries with a greater id than `after`."""
+        return await self._store(lambda s: s.events_of(job_id, after))
+
+    async def made(self, job: JobRecord) -> CheckpointRecord | None:
+        """The checkpoint that came of a job, if one did."""
+        checkpoint = job.checkpoint
+        if job.state != "published" or checkpoint is None:
+            return None
+        return await self._store(lambda s: s.checkpoint(checkpoint))
+
+    async def pause(self, tuning_id: str) -> Tuned:
+        """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""
+        tuning, _ = await self.one(tuning_id)
+        return tuning, await self._scheduler.pause(tuning.job_id)
+
+    async def resume(self, tuning_id: str) -> Tuned:
+        """Raises `NotFound`, `Conflict`."""
+        tuning, _ = await self.one(tuning_id)
+        return tuning, await self._scheduler.resume(tuning.job_id)
+
+    async def cancel(self, tuning_id: str) -> Tuned:
+        """In training, it is cancelled as soon as that has stopped. Raises `NotFound`, `Conflict`."""
+        tuning, _ = await self.one(tuning_id)
+        return tuning, await self._scheduler.cancel(tuning.job_id)
