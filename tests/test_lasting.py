@@ -235,9 +235,15 @@ REWORDING = RehearsalSection(rewording=True, samples=200, sample_tokens=40)
 NEAR = RehearsalSection(kl_weight=1.0, sources=["neighbours"], samples=8, sample_tokens=40, neighbours=2)
 
 
-def asked_base(nano, home, **template_args):
-    targets = find_targets(nano.module, Config().lora.targets, Config().lora.num_layers)
+def asked_base(nano, home, layers=None, **template_args):
+    targets = find_targets(nano.module, Config().lora.targets, layers or Config().lora.num_layers)
     return Asked(nano.module, nano.vocab_size, ChatEncoder(nano.tokenizer, template_args), targets, home, "k" * 16)
+
+
+def near(base, checkpoint):
+    rows = []
+    tiny.drive(base.near(checkpoint, rows))
+    return rows
 
 
 def prepared(base, examples, rehearsal, *, fraction=0.0, log=(), replayable=(), max_tokens=256, **options):
@@ -324,12 +330,34 @@ def test_what_the_base_said_is_asked_anew_when_it_is_asked_otherwise(tmp_path, n
     prepared(first, lesson, settings, checkpoint="ckpt_000001")
     files = [first.folder / "self" / "rehearsal.json", first.folder / "wordings.json"]
     before = [file.read_bytes() for file in files]
-    assert first.near("ckpt_000001")
+    assert near(first, "ckpt_000001")
     other = asked_base(nano, tmp_path, thinking=False)
-    assert other.near("ckpt_000001") == []
+    assert near(other, "ckpt_000001") == []
     prepared(other, lesson, settings)
     assert [a != b.read_bytes() for a, b in zip(before, files, strict=True)] == [True, True]
-    assert other.near("ckpt_000002")
+    assert near(other, "ckpt_000002")
+
+
+def test_what_lower_layers_make_of_rows_is_kept_and_made_again_where_it_is_missing(tmp_path, nano):
+    """So a home from before, or with other layers adapted, has it after one update; without room there is none."""
+
+    def hidden_of(**limit):
+        base = asked_base(nano, tmp_path, layers=2)
+        base._room = limit.get("room", 2**30)
+        made = prepared(base, [pair(*facts(0)[0])], NEAR, checkpoint="ckpt_000002", line=("ckpt_000001",))
+        files = sorted(path.parent.name for path in tmp_path.glob("*/**/hidden.safetensors"))
+        return [row.hidden is not None for source in made.rehearsal.sources for row in source.rows], files
+
+    first = asked_base(nano, tmp_path, layers=2)
+    assert first._below == 2
+    prepared(first, [pair(*facts(1)[0])], NEAR, checkpoint="ckpt_000001")
+    assert not list(tmp_path.glob("*/**/hidden.safetensors"))
+    there, files = hidden_of(room=0)
+    assert not any(there)
+    assert files == []
+    there, files = hidden_of()
+    assert all(there)
+    assert files == ["ckpt_000001", "ckpt_000002", "self"]
 
 
 def test_what_cannot_be_kept_fails_nothing(tmp_path, nano):

@@ -18,7 +18,9 @@ from radiance_mlx.lora.rehearsal import (
     HIDDEN_FILE,
     Rehearsal,
     Source,
+    begin,
     load_rows,
+    save_hidden,
     save_rows,
     teacher,
     with_hidden,
@@ -161,9 +163,10 @@ def test_a_step_whose_rows_are_not_all_kept_makes_the_whole_pass():
 
 
 def test_what_was_kept_comes_back_from_the_disk(tmp_path):
-    """To the last bit, for the same layers alone; what no longer fits is deleted, what is damaged is not there."""
+    """To the last bit, for the same layers alone; what does not fit, or has changed by a bit, is not there."""
     rows = rehearsed(tiny.model(), PLENTY)
-    save_rows(tmp_path, rows, {}, below=1)
+    save_rows(tmp_path, rows, {})
+    save_hidden(tmp_path, rows, 1)
     loaded, _ = load_rows(tmp_path)
     assert [r.hidden for r in loaded] == [None] * len(rows)
     for row, again in zip(rows, with_hidden(tmp_path, loaded, 1, PLENTY), strict=True):
@@ -172,10 +175,27 @@ def test_what_was_kept_comes_back_from_the_disk(tmp_path):
     assert with_hidden(tmp_path, loaded[1:], 1, PLENTY) == loaded[1:]
     file = tmp_path / HIDDEN_FILE
     assert with_hidden(tmp_path, loaded, 1, file.stat().st_size - 1) == loaded
-    assert not file.exists()
+    [(name, hidden)] = mx.load(str(file)).items()
+    mx.eval(hidden)
+    hidden[3, 5] = mx.nan
+    mx.save_safetensors(str(file), {name: hidden})
     assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
     file.write_bytes(b"no arrays")
     assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+    file.unlink()
+    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+
+
+def test_what_is_not_there_is_made_again():
+    """As the teacher makes it."""
+    base = tiny.model()
+    rows, out = rehearsed(base, PLENTY), []
+    tree = adapter_tree(base, idle_adapter(base, find_targets(base, ["o_proj"], 1)))
+    install_prefix(tree, 0, PLENTY)
+    tiny.drive(begin(tree, [replace(r, hidden=None) for r in rows], out))
+    for row, again in zip(rows, out, strict=True):
+        assert again.row == row.row
+        assert mx.allclose(row.hidden, again.hidden, rtol=1e-4, atol=1e-4).item()
 
 
 def test_measuring_what_is_replayed_takes_what_is_kept():
@@ -205,6 +225,14 @@ def test_the_service_trains_with_it_where_rows_come_again(tmp_path):
             patched.setattr(preparing, "install_prefix", lambda tree, *more: trees.append(tree) or make(tree, *more))
             service.learn(FACTS[0], FACTS[1])
         assert trees == []
+    rehearsing = {"rehearsal.kl_weight": 1.0, "rehearsal.sources": ["self"], "rehearsal.samples": 8}
+    settings |= {"training.max_steps": 200, "training.batch_size": 1, **rehearsing}
+    with running(tmp_path / "rehearsed", settings) as service:
+        service.post(*FACTS[:150])  # no row comes twice
+        service.wait_for_step(1)
+        prefix = service.engine(lambda engine: engine._task._trainer.tree.prefix)
+        assert prefix is not None
+        assert prefix.nbytes == 0
 
 
 def test_what_does_not_fit_as_a_whole_is_not_kept():

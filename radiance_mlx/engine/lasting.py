@@ -196,8 +196,10 @@ class Lasting:
         if not lesson.reconsolidated:
             base.keep_only({*line, lesson.checkpoint})
         for checkpoint in reversed(line):
+            carried: list[Rehearsed] = []
+            yield from base.near(checkpoint, carried)
             # not of what has been taught something since
-            self._near += [row for row in base.near(checkpoint) if not names.occur_in(base.text(row.row))]
+            self._near += [row for row in carried if not names.occur_in(base.text(row.row))]
             yield Piece([], barrier=True)
         self._near += fresh
         base.keep_near(lesson.checkpoint, fresh)

@@ -19,7 +19,7 @@ from ..lora import files, memory
 from ..lora.batches import fit_to_data
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_found, install_head
-from ..lora.prefix import install_prefix
+from ..lora.prefix import install_prefix, lowest_adapted
 from ..lora.ranks import Ranks
 from ..lora.step import ComputeGradients, Piece
 from ..lora.targets import Targets
@@ -160,6 +160,7 @@ class Preparation:
             bank_bytes=self._bank_bytes,
             head=self._base_head,
             dropout=self._config.lora.dropout,
+            kept=self._kept_bytes(rows),
         )
         self._make_room(needed.total)
         memory.require(needed, memory.device_bytes(self._config.memory.limit_gb))
@@ -205,11 +206,26 @@ class Preparation:
         return install_found(tree.module, vocab, found, narrow=narrow)
 
     def _install_prefix(self, tree: TrainingTree) -> None:
-        """Where rows come twice at least: else there is nothing to be won."""
+        """Rows are kept where they come twice at least: else there is nothing to be won by it.
+
+        What is rehearsed was kept when the base was asked about it, and begins there in any case.
+        """
         settings, lasting = self._settings, self._lasting
         rows = [*self.examples, *(lasting.trained if lasting else [])]
-        if settings.slice_ms > 0 and settings.max_steps * settings.batch_size * settings.grad_accum >= 2 * len(rows):
-            install_prefix(tree, sum(len(row.tokens) for row in rows), self._below_bytes)
+        replay, rehearsal = (lasting.replay, lasting.rehearsal) if lasting else (None, None)
+        come = settings.max_steps * settings.batch_size * settings.grad_accum
+        come += replay.refocus * len(replay.examples) if replay else 0
+        tokens = sum(len(row.tokens) for row in rows)
+        if come >= 2 * len(rows):
+            install_prefix(tree, tokens, self._below_bytes)
+        if tree.prefix is None and rehearsal and rehearsal.begun:
+            install_prefix(tree, tokens, self._below_bytes, keeps=False)
+
+    def _kept_bytes(self, rows: Sequence[Encoded]) -> int:
+        """At most, of what the layers below the lowest adapted one make of `rows`."""
+        if not self._below_bytes or not lowest_adapted(self._base.module, self._targets):
+            return 0
+        return min(2 * self._below_bytes, memory.hidden_bytes(self._base.module, sum(len(r.tokens) for r in rows)))
 
     @property
     def _below_bytes(self) -> int:

@@ -21,7 +21,7 @@ from .encoding import Encoded
 
 #: a micro-batch's inputs are as long as its longest row's, rounded up to a multiple of this. (mlx-lm's 32 spares its
 #: compiled step new shapes; these steps are not compiled, and rows of 27 tokens would cost an eighth more.)
-WIDTHS = 4
+WIDTHS, COMPILED_WIDTHS = 4, 32
 #: tokens (rows, length + 1) int32, and (rows, 2) int32: first and last target index of each row
 Batch = tuple[mx.array, mx.array]
 
@@ -46,14 +46,15 @@ def fit_to_data(settings: TrainingSection, examples: int) -> TrainingArgs:
 
 
 def batch_stream(
-    examples: Sequence[Encoded], *, batch_size: int, max_tokens: int, seed: tuple[int, int]
+    examples: Sequence[Encoded], *, batch_size: int, max_tokens: int, seed: tuple[int, int], widths: int = WIDTHS
 ) -> Iterator[Batch]:
     """Micro-batches without end. `batch_size` must not be larger than the number of examples."""
     for epoch in itertools.count():
         rng = np.random.default_rng([*seed, epoch])
         order = list(rng.permutation(len(examples)))
         order += list(rng.choice(len(examples), size=-len(examples) % batch_size, replace=False))
-        yield from _one_epoch([examples[i] for i in order], batch_size, max_tokens, int(rng.integers(2**31)))
+        within = int(rng.integers(2**31))
+        yield from _one_epoch([examples[i] for i in order], batch_size, max_tokens, within, widths)
 
 
 def shuffled(count: int, seed: Sequence[int]) -> Iterator[int]:
@@ -85,9 +86,9 @@ def batches_once(examples: Sequence[Encoded], *, batch_size: int, max_tokens: in
         yield from _one_epoch(chunk, len(chunk), max_tokens, seed=None)
 
 
-def padded(inputs: int) -> int:
+def padded(inputs: int, widths: int = WIDTHS) -> int:
     """How long a micro-batch is made whose longest row has so many inputs (a token less than the row)."""
-    return WIDTHS * -(-inputs // WIDTHS)
+    return widths * -(-inputs // widths)
 
 
 def buckets(length: int) -> int:
@@ -109,7 +110,7 @@ def of_like_length(rows: Sequence[Encoded], together: int) -> Iterator[list[int]
 
 def as_batch(rows: Sequence[Encoded]) -> Batch:
     """`rows`, the shortest first, as one micro-batch in that order."""
-    (batch,) = batches_once(rows, batch_size=len(rows), max_tokens=max(len(row.tokens) for row in rows))
+    (batch,) = batches_once(rows, batch_size=len(rows), max_tokens=padded(max(len(row.tokens) for row in rows)))
     return batch
 
 
@@ -121,12 +122,14 @@ def shuffled_batches(examples: Sequence[Encoded], *, batch_size: int, max_tokens
     return _one_epoch(examples, batch_size, max_tokens, seed)
 
 
-def _one_epoch(examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None) -> Iterator[Batch]:
+def _one_epoch(
+    examples: Sequence[Encoded], batch_size: int, max_tokens: int, seed: int | None, widths: int = WIDTHS
+) -> Iterator[Batch]:
     rows = [(e.tokens, e.offset) for e in examples]
     # one more than the longest row: mlx-lm counts the padding token after a row's end as a target otherwise
     for tokens, spans in iterate_batches(rows, batch_size, max_tokens + 1, loop=False, seed=seed):
         spans = spans - mx.array([[0, 1]])
-        yield tokens[:, : 1 + padded(int(spans[:, 1].max()))], spans
+        yield tokens[:, : 1 + padded(int(spans[:, 1].max()), widths)], spans
 
 
 def target_positions(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

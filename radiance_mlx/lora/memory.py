@@ -38,10 +38,16 @@ class Estimate:
     optimizer: int
     activations: int
     head: int
+    kept: int = 0
 
     @property
     def total(self) -> int:
-        return self.base + self.bank + self.adapter + self.optimizer + self.activations + self.head
+        return self.base + self.bank + self.adapter + self.optimizer + self.activations + self.head + self.kept
+
+
+def hidden_bytes(model: nn.Module, tokens: int) -> int:
+    """Of what goes from one layer to the next."""
+    return _float_bytes(model) * _hidden(model) * tokens
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -60,8 +66,12 @@ def estimate(
     bank_bytes: int,
     head: TargetRows | None,
     dropout: float = 0.0,
+    kept: int = 0,
 ) -> Estimate:
-    """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows."""
+    """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows.
+
+    `kept` bytes are there beside, through the whole batch.
+    """
     rows = sorted(examples, key=lambda e: len(e.tokens))[-settings.batch_size :]
     width = padded(max(len(e.tokens) for e in rows))
     tokens = width * len(rows)
@@ -86,6 +96,7 @@ def estimate(
         optimizer=(2 + 2 * best) * adapter,
         activations=activations,
         head=3 * 4 * targeted * vocab_size,
+        kept=kept,
     )
 
 

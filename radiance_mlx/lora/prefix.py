@@ -28,10 +28,14 @@ class _Reached(Exception):
 
 
 class Prefix:
-    """What is kept for one tree, whose layers `first` and later are adapted."""
+    """What is kept for one tree, whose layers `first` and later are adapted.
 
-    def __init__(self, tree: TrainingTree, first: int) -> None:
-        self._tree = tree
+    Without `keeps` nothing is kept here: passes begin at the first adapted layer only where what they begin with is
+    handed in.
+    """
+
+    def __init__(self, tree: TrainingTree, first: int, keeps: bool) -> None:
+        self._tree, self._keeps = tree, keeps
         self._kept: dict[bytes, mx.array] = {}
         #: what passes begin with at the first adapted layer; None: they begin at the beginning
         self.given: mx.array | None = None
@@ -69,11 +73,13 @@ class Prefix:
     # --- rows ------------------------------------------------------------------------------------
 
     def pieces(self, batch: tuple[Any, ...], out: list[mx.array]) -> Iterator[Piece]:
-        """Append to `out` what the first adapted layer is given for a micro-batch, (rows, length, dims).
+        """If rows are kept, append to `out` what the first adapted layer is given for them, (rows, length, dims).
 
         Each new row is computed by itself: whatever company it comes in, also after an interruption, it is the same
         to the last bit.
         """
+        if not self._keeps:
+            return
         tokens, ends = np.array(batch[0]), np.array(batch[1])[:, 1]
         keys = [row[:end].tobytes() for row, end in zip(tokens, ends, strict=True)]
         for key, row, end in zip(keys, tokens, ends, strict=True):
@@ -111,10 +117,11 @@ def lowest_adapted(module: nn.Module, targets: Targets) -> int:
     return 0 if not adapted or outside or len(paths) != len(module.layers) else adapted[0]
 
 
-def install_prefix(tree: TrainingTree, tokens: int, limit: int) -> None:
+def install_prefix(tree: TrainingTree, tokens: int, limit: int, *, keeps: bool = True) -> None:
     """Give `tree` its `prefix`, if it has one and a pass that begins after it is the same.
 
-    And if what it makes of `tokens` fits into `limit` bytes: all rows, for a micro-batch needs all of its own.
+    It `keeps` rows if what it makes of `tokens`, theirs, fits into `limit` bytes: all of them, for a micro-batch needs
+    all of its own. If they do not fit, there is none.
     """
     first = lowest_adapted(tree.module, tree.targets)
     if not first or limit <= 0:
@@ -123,12 +130,12 @@ def install_prefix(tree: TrainingTree, tokens: int, limit: int) -> None:
     kinds = [type(layer) for layer in layers]
     probe = mx.array([[0, 1, 2, 3]])
     before = tree.module(probe)
-    prefix = Prefix(tree, first)
+    prefix = Prefix(tree, first, keeps)
     try:
         hidden = prefix.compute(probe)
         tree.prefix = prefix
         with tree.forward(mx.random.key(0), hidden):
-            same = alike(tree.module(probe), before) and tokens * hidden[0, 0].nbytes <= limit
+            same = alike(tree.module(probe), before) and (not keeps or tokens * hidden[0, 0].nbytes <= limit)
     except (ValueError, TypeError, AttributeError, AssertionError):
         same = False
     if same:

@@ -11,6 +11,7 @@ Rows come from what the base says by itself, from its answers to neighbours of t
 `neighbours`), or from the caller's own texts: as far as this module is concerned, rows are rows.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointDamaged
-from .batches import as_batch, batches_once, buckets, of_like_length, turns
+from .batches import Batch, as_batch, buckets, of_like_length, turns
 from .distributions import DIVERGENCE, likeliest, log_softmax
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
@@ -94,9 +95,7 @@ def teacher(
         batch = as_batch(chunk)
         hidden: list[mx.array] = []
         if tree.prefix is not None:
-            hidden.append(tree.prefix.compute(batch[0][:, :-1]))
-            yield from noted(tree)
-            yield Piece(hidden, barrier=True)
+            yield from _below(tree, batch, hidden)
         logits, _ = quiet_logits(tree, head, batch, *hidden)
         logprobs = log_softmax(logits)
         kept = likeliest(logprobs, top)
@@ -106,13 +105,35 @@ def teacher(
         yield from in_order(computed)
         taught = list(_split(chunk, *map(np.array, kept)))
         if hidden:
-            taught = [
-                replace(r, hidden=mx.contiguous(whole[: len(r.row.tokens) - 1]))
-                for r, whole in zip(taught, hidden[0], strict=True)
-            ]
+            taught = _begun(taught, hidden.pop())
             yield Piece([r.hidden for r in taught if r.hidden is not None], barrier=True)
         made.update(zip(places, taught, strict=True))
     out.extend(made[i] for i in range(len(rows)))
+
+
+def begin(tree: TrainingTree, rows: Sequence[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
+    """Append to `out` each of `rows` with what the prefix of `tree`, which it must have, makes of it, in order."""
+    made: dict[int, Rehearsed] = {}
+    for places in of_like_length([r.row for r in rows], TOGETHER):
+        chunk, hidden = [rows[i] for i in places], list[mx.array]()
+        yield from _below(tree, as_batch([r.row for r in chunk]), hidden)
+        begun = _begun(chunk, hidden.pop())
+        yield Piece([r.hidden for r in begun if r.hidden is not None], barrier=True)
+        made.update(zip(places, begun, strict=True))
+    out.extend(made[i] for i in range(len(rows)))
+
+
+def _below(tree: TrainingTree, batch: Batch, out: list[mx.array]) -> Iterator[Piece]:
+    assert tree.prefix is not None
+    out.append(tree.prefix.compute(batch[0][:, :-1]))
+    yield from noted(tree)
+    yield Piece(out, barrier=True)
+
+
+def _begun(rows: Sequence[Rehearsed], hidden: mx.array) -> list[Rehearsed]:
+    """`rows` with their own part of `hidden` (rows, length, dims)."""
+    parts = [mx.contiguous(whole[: len(r.row.tokens) - 1]) for r, whole in zip(rows, hidden, strict=True)]
+    return [replace(r, hidden=part) for r, part in zip(rows, parts, strict=True)]
 
 
 def sureness(tree: TrainingTree, head: TargetRows | None, rows: Sequence[Encoded], out: list[float]) -> Iterator[Piece]:
@@ -182,6 +203,11 @@ class Rehearsal:
         """Whether there is anything to rehearse."""
         return self.kl_weight > 0 and self.rows > 0 and bool(self.sources)
 
+    @property
+    def begun(self) -> bool:
+        """Whether any row has what the layers below the lowest adapted one make of it."""
+        return any(r.hidden is not None for source in self.sources for r in source.rows)
+
     def steps(
         self, *, batch_size: int, max_tokens: int, seed: tuple[int, int], start: int = 0
     ) -> Iterator[list[Begun]]:
@@ -229,8 +255,7 @@ def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[Begun]:
 
 
 def _batch(rows: Sequence[Rehearsed], targets: int) -> Begun:
-    longest = max(len(r.row.tokens) for r in rows)
-    ((tokens, spans),) = batches_once([r.row for r in rows], batch_size=len(rows), max_tokens=longest)
+    tokens, spans = as_batch([r.row for r in rows])
     ids, logprobs, tail = (
         mx.array(np.concatenate([getattr(r, name) for r in rows])) for name in ("ids", "logprobs", "tail")
     )
@@ -242,25 +267,19 @@ def _batch(rows: Sequence[Rehearsed], targets: int) -> Begun:
 # --- on disk -----------------------------------------------------------------------------------------
 
 
-def save_rows(folder: Path, rows: Sequence[Rehearsed], facts: Mapping[str, Any], below: int = 0) -> None:
-    """Write `rows` into an existing folder, with `facts` (plain values) of how they came about.
-
-    What `below` layers make of them is written beside, if all rows have it.
-    """
+def save_rows(folder: Path, rows: Sequence[Rehearsed], facts: Mapping[str, Any]) -> None:
+    """Write `rows` (without `hidden`) into an existing folder, with `facts` (plain values) of how they came about."""
     arrays = {}
     if rows:
         arrays = {name: np.concatenate([getattr(r, name) for r in rows]) for name in ("ids", "logprobs", "tail")}
         arrays["tokens"] = np.concatenate([np.array(r.row.tokens, dtype=np.int32) for r in rows])
-    hidden = [r.hidden for r in rows if r.hidden is not None]
-    if rows and len(hidden) == len(rows):
-        save_arrays(folder / HIDDEN_FILE, {_hidden_name(below): mx.concatenate(hidden)})
     save_arrays(folder / ARRAYS_FILE, {name: mx.array(values) for name, values in arrays.items()})
     shapes = [[len(r.row.tokens), r.row.offset] for r in rows]
     (folder / ROWS_FILE).write_text(json.dumps({"facts": dict(facts), "rows": shapes}) + "\n", encoding="utf-8")
 
 
 def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
-    """What `save_rows` wrote: the rows (without `hidden`) and the facts. Raises `CheckpointDamaged`."""
+    """What `save_rows` wrote: the rows and the facts. Raises `CheckpointDamaged`."""
     try:
         document = json.loads((folder / ROWS_FILE).read_text(encoding="utf-8"))
         shapes = [(int(length), int(offset)) for length, offset in document["rows"]]
@@ -276,30 +295,37 @@ def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
         counted = {sum(row.targets for row in rows)} | {sum(len(row.tokens) for row in rows)}
         if {len(arrays["tail"]), len(arrays["tokens"])} != counted:
             raise ValueError("arrays and rows do not fit together")
+        if not all(np.isfinite(arrays[name]).all() for name in ("logprobs", "tail")):
+            raise ValueError("some probabilities are no numbers")
         return list(_split(rows, arrays["ids"], arrays["logprobs"], arrays["tail"])), facts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointDamaged(f"{folder} holds no rehearsal rows: {error}") from error
 
 
-def with_hidden(folder: Path, rows: Sequence[Rehearsed], below: int, limit: int) -> list[Rehearsed]:
-    """`rows` of `folder` with what `below` layers make of them, if that was kept and is whole.
+def save_hidden(folder: Path, rows: Sequence[Rehearsed], below: int) -> None:
+    """Write beside the `rows` of `folder` what `below` layers make of them, if all have it."""
+    hidden = [r.hidden for r in rows if r.hidden is not None]
+    if rows and len(hidden) == len(rows):
+        whole = mx.concatenate(hidden)
+        save_arrays(folder / HIDDEN_FILE, {_hidden_name(below, whole): whole})
 
-    What does not fit into `limit` bytes is deleted: later there will be no more room.
-    """
+
+def with_hidden(folder: Path, rows: Sequence[Rehearsed], below: int, limit: int) -> list[Rehearsed]:
+    """`rows` of `folder` with what `save_hidden` wrote of them, if it is whole and fits into `limit` bytes."""
     file = folder / HIDDEN_FILE
     try:
         if file.stat().st_size > limit:
-            file.unlink()
             return list(rows)
-        hidden = load_arrays(file)[_hidden_name(below)]
-    except (OSError, CheckpointDamaged, KeyError):
+        [(name, hidden)] = load_arrays(file).items()
+    except (OSError, CheckpointDamaged, ValueError):
         return list(rows)
     ends = list(itertools.accumulate(len(r.row.tokens) - 1 for r in rows))
-    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1]:
+    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1] or name != _hidden_name(below, hidden):
         return list(rows)
-    parts = mx.split(hidden, ends[:-1])
-    return [replace(r, hidden=part) for r, part in zip(rows, parts, strict=True)]
+    return [replace(r, hidden=part) for r, part in zip(rows, mx.split(hidden, ends[:-1]), strict=True)]
 
 
-def _hidden_name(below: int) -> str:
-    return f"below_{below}"
+def _hidden_name(below: int, hidden: mx.array) -> str:
+    """Tells whose work it is, where it was computed, and whether a bit of it has changed since."""
+    digest = hashlib.sha256(np.array(mx.contiguous(hidden).view(mx.uint8)).tobytes())
+    return f"below_{below}_{mx.default_device().type.name}_{digest.hexdigest()}"

@@ -19,7 +19,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.trainer import train
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from .batches import Batch, batch_stream
+from .batches import COMPILED_WIDTHS, Batch, batch_stream
 from .optimizer import learning_rate
 from .step import Piece
 from .trainer import Trainer
@@ -106,6 +106,7 @@ def run_whole(trainer: Trainer, on_step: Any) -> Iterator[Piece]:
             batch_size=args.batch_size,
             max_tokens=args.max_seq_length,
             seed=(trainer.settings.seed, trainer.number),
+            widths=COMPILED_WIDTHS,
         ):
             callback.tokens += int(batch[0].size) - batch[0].shape[0]
             yield batch
