@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from running import Process
 
 from radiance_mlx import blas as blas  # before any test imports MLX
+
+settings.register_profile("shared machine", deadline=None)  # an example may wait for others that compute
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
