@@ -433,6 +433,26 @@ def test_a_job_that_cannot_be_made_is_refused_by_name(client, options, param):
     assert len(client.fine_tuning.jobs.list().data) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "told", "code"),
+    [
+        ({"suffix": "a:b"}, "'suffix': String should match pattern", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs': .*greater than or equal to 1", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": 1.5}}, "n_epochs': .*valid integer", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": "2"}}, "n_epochs': .*valid integer", "invalid_value"),
+        ({"hyperparameters": {"batch_size": 1025}}, "batch_size': .*less than or equal to 1024", "invalid_value"),
+        ({"hyperparameters": {"learning_rate_multiplier": -1}}, "multiplier': .*greater than 0", "invalid_value"),
+        ({"seed": True}, "'seed': .*valid integer", "invalid_value"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_wrong(client, options, told, code):
+    """Of values that may be "auto" too; and not what another route says of a parameter of the same name."""
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
+        client.fine_tuning.jobs.create(**{"model": "stable", "training_file": "file-none"}, extra_body=options)
+    assert caught.value.code == code
+
+
 def test_training_goes_on_from_the_stable_checkpoint_alone(started):
     """Another one is refused, with what to do; one that is not there is not found."""
     older = started.service.learn(FACTS[7], FACTS[8], FACTS[9])

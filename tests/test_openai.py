@@ -305,10 +305,31 @@ def test_a_streamed_completion_is_the_same_with_its_logprobs(client):
     assert all(2 <= len(top) <= 3 for top in whole.logprobs.top_logprobs)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_continuation_keeps_the_space_that_it_begins_with(started, stream):
+    """Its text is that of its tokens, and offsets are places in it."""
+    [token] = started.service.call(started.service.service.tokens(" you"))
+    body = {"model": "base", "prompt": ["Who are you?"], "max_tokens": 3, "logprobs": 2, "logit_bias": {token: 100}}
+    came = started.client.completions.create(**body, stream=stream)
+    choices = [chunk.choices[0] for chunk in came] if stream else came.choices
+    text = "".join(choice.text for choice in choices)
+    assert text == " you" * 3
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    assert "".join(word for one in told for word in one.tokens) == text
+    assert [offset for one in told for offset in one.text_offset] == [0, 4, 8]
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLED = [
+    {"role": "user", "content": "?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "Rain."},
+]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +356,16 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0]", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0]", "invalid_value"),
+        ({"messages": CALLED}, "messages[1].tool_calls", "unsupported_parameter"),
+        ({"messages": CALLED[::2]}, "messages[1].role", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_value"),
+        ({"temperature": "0.5"}, "temperature", "invalid_value"),
+        ({"n": "2"}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"n": 2.0}, "n", "invalid_value"),
+        ({"stream": "no"}, "stream", "invalid_value"),
+        ({"logprobs": "on"}, "logprobs", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"logit_bias": {"1536": 1}}, "logit_bias", "invalid_value"),
@@ -354,6 +384,24 @@ def test_what_is_not_supported_is_refused_by_name(client, extra, param, code):
     assert set(caught.value.body) == {"message", "type", "param", "code"}
     assert caught.value.type == "invalid_request_error"
     assert param.split("[")[0].split(".")[0] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"stop": ["a"] * 17}, "at most 16 items"),
+        ({"stop": 3}, "'stop'"),
+        ({"prompt": ["a"] * 129}, "'prompt'.* at most 128 items"),
+        ({"prompt": [1, -1]}, r"'prompt\[1\]'.* greater than or equal to 0"),
+        ({"prompt": ["a"] * 3, "n": 100}, "300 answers.*256 may wait"),
+        ({"prompt": ["a"] * 3, "n": 100, "stream": True}, "300 answers.*256 may wait"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+)
+def test_what_is_told_is_about_what_was_meant(client, extra, told):
+    """Of a parameter of many types, the fault of the one that was given; what can never fit is not tried again."""
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.completions.create(**{"model": "base", "prompt": "a", "extra_body": extra})
 
 
 def test_values_that_ask_for_nothing_are_taken(client):

@@ -5,14 +5,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...messages import Terms
-from ..schemas import Body, Text
+from ..schemas import Text
+from .parsing import OpenAIBody
 
 Auto = Literal["auto"]
 #: names a model in ids, so that it must not hold what separates their parts
 SUFFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class Hyperparameters(Body):
+class Hyperparameters(OpenAIBody):
     """What "auto", or nothing, leaves to the service's configuration."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -20,11 +21,11 @@ class Hyperparameters(Body):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
 
 
-class Supervised(Body):
+class Supervised(OpenAIBody):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Body):
+class Method(OpenAIBody):
     """How it is trained: on answers."""
 
     type: Literal["supervised"]
@@ -38,7 +39,7 @@ class Method(Body):
         return given
 
 
-class TuningRequest(Body):
+class TuningRequest(OpenAIBody):
     """`hyperparameters` may stand at the top, in the older form, or under `method`."""
 
     model: Text
