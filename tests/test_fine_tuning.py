@@ -184,14 +184,16 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(tmp_path):
         assert messages[1:] == ["started", "paused", "resumed", "started"]
         after = events[[event.message for event in events].index("Fine-tuning job resumed") :]
         assert next(event.data["step"] for event in after if event.type == "metrics") == kept["step"] + 1
-        assert jobs.cancel(job.id).status == "cancelled"
-        assert ended(sdk(client), job, "cancelled").fine_tuned_model is None
-        until(lambda: service.service.in_training is None)
+        stopped = jobs.cancel(job.id)  # answers once its training has ended
+        assert (stopped.status, stopped.fine_tuned_model) == ("cancelled", None)
+        assert stopped.finished_at >= stopped.created_at
+        assert service.service.in_training is None
+        assert next(iter(jobs.list_events(job.id))).message == "Fine-tuning job cancelled"
         assert nothing_left(service, checkpoint)
-        with pytest.raises(openai.ConflictError):
-            jobs.cancel(job.id)
-        with pytest.raises(openai.ConflictError):
-            jobs.resume(job.id)
+        for again in (jobs.cancel, jobs.resume):
+            with pytest.raises(openai.ConflictError, match=job.id) as caught:
+                again(job.id)
+            assert caught.value.response.headers["x-should-retry"] == "false"
 
 
 def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(started):
@@ -216,6 +218,19 @@ def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(sta
     assert jobs.cancel(held.id).status == jobs.cancel(waiting.id).status == "cancelled"
     assert not kept.exists()
     assert started.service.current == other.fine_tuned_model
+
+
+def test_a_job_that_begins_anew_after_a_rollback_says_so(started):
+    """Or its steps would go back without a reason."""
+    jobs = started.client.fine_tuning.jobs
+    ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
+    job = create(started.client, FACTS[0], hyperparameters=ENDLESS)
+    before = started.service.wait_for_step(1, job.job_id)
+    started.service.call(started.service.service.rollback("base", "a test"))
+    until(lambda: started.service.service.in_training not in (None, before))
+    messages = [event.message for event in jobs.list_events(job.id)]
+    assert "Fine-tuning job restarted: the stable checkpoint has moved" in messages
+    assert jobs.cancel(job.id).status == "cancelled"
 
 
 def test_one_of_several_that_train_together_is_paused_and_the_others_go_on(tmp_path):
@@ -476,6 +491,10 @@ def test_jobs_are_listed_in_pages_and_by_metadata(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.fine_tuning.jobs.list(after="ftjob-x")
     assert caught.value.param == "after"
+    for wrong in ("1.5", "+1", "0", "101"):
+        with pytest.raises(openai.BadRequestError, match="whole number from 1 to 100") as caught:
+            client.fine_tuning.jobs.list(extra_query={"limit": wrong})
+        assert caught.value.param == "limit"
     ended(client, made[-1])
 
 

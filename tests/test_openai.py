@@ -140,6 +140,18 @@ def test_logprobs_are_those_of_mlx_lm(started):
         assert bytes(token.bytes).decode() == token.token
 
 
+def test_logprobs_of_live_weights_are_those_of_the_weights_that_answer(started):
+    """Under `training`, while nothing trains: as under `stable`, which has weights of its own here."""
+
+    def told(model):
+        answer = started.client.chat.completions.create(**ask(FACTS[3][0], model=model, logprobs=True, top_logprobs=2))
+        return [(token.token, token.logprob) for token in answer.choices[0].logprobs.content]
+
+    live, stable = told("training"), told("stable")
+    assert [token for token, _ in live] == [token for token, _ in stable]
+    assert [one for _, one in live] == pytest.approx([one for _, one in stable], abs=1e-4)
+
+
 def test_an_answer_that_must_be_json_and_is_not_is_an_error(client):
     """It is no answer; one that is cut is told as cut; text is always honoured."""
     form = {"response_format": {"type": "json_object"}}
@@ -423,7 +435,10 @@ def test_typed_errors_for_models_prompts_and_routes(started):
         started.client.models.retrieve("A_2000-01-01_0001")
     with pytest.raises(openai.BadRequestError) as caught:
         create(**ask("Hello! " * CONTEXT))
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        started.client.completions.create(model="base", prompt="Hello! " * CONTEXT, stream=True)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     for prompt, param in (("", "prompt"), ([1, 99_999], "prompt")):
         with pytest.raises(openai.BadRequestError) as caught:
             started.client.completions.create(model="base", prompt=prompt)
@@ -435,6 +450,9 @@ def test_typed_errors_for_models_prompts_and_routes(started):
         started.client.embeddings.create(model="stable", input="a")
     with pytest.raises(openai.NotFoundError, match="no route /v1/images/generations"):
         started.client.images.generate(prompt="a")
+    meant = started.http.get("/v1/chat/completion").json()["error"]["message"]
+    assert "Is /v1/chat/completions or" in meant
+    assert len(meant) < 200
     wrong = started.http.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert set(wrong.json()["error"]) == {"message", "type", "param", "code"}

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class AnswerText:
     """One answer as it grows. `stopped` is true once a stop string has come.
 
-    With `plain`, all that comes is text, a space at its beginning too. With `tools`, what the model writes as a call becomes one; what cannot be
-    read as a call stays text.
+    With `plain`, all that comes is text, a space at its beginning too. With `tools`, what the model writes as a call
+    becomes one; what cannot be read as a call stays text.
     """
 
     def __init__(

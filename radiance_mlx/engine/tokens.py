@@ -23,7 +23,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def untrimmed(detokenizer: Any) -> Any:
-    """`detokenizer`, new, made to keep a space that the text begins with: mlx-lm's trim it while no text stands before."""
+    """A new `detokenizer` that keeps a space which the text begins with: mlx-lm's trim it while no text is before."""
     if isinstance(detokenizer, SPMStreamingDetokenizer | BPEStreamingDetokenizer):
         detokenizer.text, detokenizer.offset = "\n", 1  # some text, that was told already
     return detokenizer

@@ -1,5 +1,6 @@
 """Bodies of `POST /v1/fine_tuning/jobs`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -39,6 +40,12 @@ class Method(OpenAIBody):
         return given
 
 
+def hyperparameters_of(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a `TuningRequest` as plain data, wherever they stand."""
+    supervised = (request.get("method") or {}).get("supervised") or {}
+    return request.get("hyperparameters") or supervised.get("hyperparameters") or {}
+
+
 class TuningRequest(OpenAIBody):
     """`hyperparameters` may stand at the top, in the older form, or under `method`."""
 
@@ -64,19 +71,14 @@ class TuningRequest(OpenAIBody):
             raise ValueError("'hyperparameters' stand at the top and under 'method': give them once")
         return self
 
-    @property
-    def wanted(self) -> Hyperparameters:
-        """Wherever they stand."""
-        supervised = self.method.supervised if self.method else None
-        return self.hyperparameters or (supervised and supervised.hyperparameters) or Hyperparameters()
-
     def terms(self) -> Terms | None:
         """None: as configured, in company of others. A name or a validation of its own asks for a batch of its own."""
-        wanted = self.wanted
+        asked = hyperparameters_of(self.model_dump(exclude_none=True))
+        wanted = {name: value for name, value in asked.items() if value != "auto"}
         terms = Terms(
-            epochs=None if wanted.n_epochs == "auto" else wanted.n_epochs,
-            batch_size=None if wanted.batch_size == "auto" else wanted.batch_size,
-            lr_multiplier=None if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier,
+            epochs=wanted.get("n_epochs"),
+            batch_size=wanted.get("batch_size"),
+            lr_multiplier=wanted.get("learning_rate_multiplier"),
             seed=self.seed,
         )
         return terms if terms != Terms() or self.suffix or self.validation_file else None
