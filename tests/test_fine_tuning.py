@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import openai
 import pytest
 from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
+from starlette.requests import Request
 
+from radiance_mlx.api.v1.paging import page
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
 from radiance_mlx.errors import Conflict, InvalidRequest
@@ -496,6 +498,19 @@ def test_jobs_are_listed_in_pages_and_by_metadata(client):
             client.fine_tuning.jobs.list(extra_query={"limit": wrong})
         assert caught.value.param == "limit"
     ended(client, made[-1])
+
+
+def test_a_page_makes_only_the_documents_that_it_shows():
+    """With `ident`, what is not on it is known by its id alone."""
+    made = []
+
+    def shown(number):
+        made.append(number)
+        return {"id": str(number)}
+
+    asked = Request({"type": "http", "query_string": b"limit=2&after=4"})
+    found = page(asked, range(1000), shown, ident=str)
+    assert ([one["id"] for one in found["data"]], found["has_more"], made) == (["5", "6"], True, [5, 6])
 
 
 def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
