@@ -24,7 +24,7 @@ class Running:
     persisted_at: float = 0.0
     evaluating: bool = False
     reconsolidates: bool = False
-    aside: str = ""  # why a reconsolidation is put aside, once it is known
+    aside: str = ""  # why it is put aside, or begins anew, once that is known
     pausing: set[str] = field(default_factory=set)  # jobs that are to wait until they are resumed
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -235,7 +235,11 @@ class Scheduler:
         else:
             queued = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
             await self._store(lambda s: [s.pause(job) for job in running.pausing & set(queued)])
-            self._due.update(set(queued) - running.pausing)
+            left = sorted(set(queued) - running.pausing)
+            self._due.update(left)
+            less = "a job that trained with it was paused or cancelled" if len(left) < len(running.jobs) else ""
+            why = running.aside or less or error.message
+            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
         self._drop(running.checkpoint)
 
     @contextlib.asynccontextmanager

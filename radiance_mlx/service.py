@@ -233,14 +233,18 @@ class Service:
 
     async def require_place_for_tools(self, examples: Sequence[Example]) -> None:
         """Raises `InvalidRequest` if some have tools, and the base's chat template would not show them."""
-        _, engine, _, _ = self._require()
         calling = sum(example.needs_tools for example in examples)
-        if calling and not await engine.encode(lambda encoder: encoder.shows_tools):
+        if calling and not await self.shows_tools():
             raise InvalidRequest(
                 f"{calling} examples have tools, for which the chat template of {self.config.base_model} has no place; "
                 "nothing was stored.",
                 "Leave tools and tool_calls out, or teach another base.",
             )
+
+    async def shows_tools(self) -> bool:
+        """Whether the base's chat template has a place for tools and their calls."""
+        _, engine, _, _ = self._require()
+        return await engine.encode(lambda encoder: encoder.shows_tools)
 
     async def job(self, job_id: str) -> JobRecord:
         """Raises `NotFound`."""

@@ -1,15 +1,17 @@
 """Fine-tuning on the service's own jobs: files that are kept, jobs made of them, and what became of each."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import structlog
 
 from .curation import curated_files
+from .errors import Conflict
 from .messages import Example, Terms
 from .scheduler import Scheduler
 from .storage import StoreThread
@@ -17,6 +19,7 @@ from .store import CheckpointRecord, JobRecord, Tuned, TuningRecord, UploadRecor
 from .store.tunings import insert
 
 log = structlog.get_logger(__name__)
+STOP_S = 10.0  # how long a cancellation waits for training to stop
 
 
 class Tuning:
@@ -115,14 +118,35 @@ class Tuning:
     async def pause(self, tuning_id: str) -> Tuned:
         """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""
         tuning, _ = await self.one(tuning_id)
-        return tuning, await self._scheduler.pause(tuning.job_id)
+        with _as_known(tuning):
+            return tuning, await self._scheduler.pause(tuning.job_id)
 
     async def resume(self, tuning_id: str) -> Tuned:
         """Raises `NotFound`, `Conflict`."""
         tuning, _ = await self.one(tuning_id)
-        return tuning, await self._scheduler.resume(tuning.job_id)
+        with _as_known(tuning):
+            return tuning, await self._scheduler.resume(tuning.job_id)
 
     async def cancel(self, tuning_id: str) -> Tuned:
-        """In training, it is cancelled as soon as that has stopped. Raises `NotFound`, `Conflict`."""
+        """In training, it is cancelled as soon as that has stopped, for which this waits a while.
+
+        Raises `NotFound`, `Conflict`.
+        """
         tuning, _ = await self.one(tuning_id)
-        return tuning, await self._scheduler.cancel(tuning.job_id)
+        with _as_known(tuning):
+            await self._scheduler.cancel(tuning.job_id)
+        running = self._scheduler.running
+        if running is not None and tuning.job_id in running.jobs:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(running.ended.wait(), STOP_S)
+        return await self.one(tuning_id)
+
+
+@contextlib.contextmanager
+def _as_known(tuning: TuningRecord) -> Iterator[None]:
+    """Conflicts inside name the fine-tuning job, and not the job that does it."""
+    try:
+        yield
+    except Conflict as error:
+        said = error.message.replace(tuning.job_id, tuning.tuning_id)
+        raise Conflict(said, error.hint, error.details) from None

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import openai
 import pytest
 from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
+from starlette.requests import Request
 
+from radiance_mlx.api.v1.paging import page
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
 from radiance_mlx.errors import Conflict, InvalidRequest
@@ -184,14 +186,16 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_trains(tmp_path):
         assert messages[1:] == ["started", "paused", "resumed", "started"]
         after = events[[event.message for event in events].index("Fine-tuning job resumed") :]
         assert next(event.data["step"] for event in after if event.type == "metrics") == kept["step"] + 1
-        assert jobs.cancel(job.id).status == "cancelled"
-        assert ended(sdk(client), job, "cancelled").fine_tuned_model is None
-        until(lambda: service.service.in_training is None)
+        stopped = jobs.cancel(job.id)  # answers once its training has ended
+        assert (stopped.status, stopped.fine_tuned_model) == ("cancelled", None)
+        assert stopped.finished_at >= stopped.created_at
+        assert service.service.in_training is None
+        assert next(iter(jobs.list_events(job.id))).message == "Fine-tuning job cancelled"
         assert nothing_left(service, checkpoint)
-        with pytest.raises(openai.ConflictError):
-            jobs.cancel(job.id)
-        with pytest.raises(openai.ConflictError):
-            jobs.resume(job.id)
+        for again in (jobs.cancel, jobs.resume):
+            with pytest.raises(openai.ConflictError, match=job.id) as caught:
+                again(job.id)
+            assert caught.value.response.headers["x-should-retry"] == "false"
 
 
 def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(started):
@@ -216,6 +220,19 @@ def test_what_was_paused_begins_anew_if_something_else_was_trained_meanwhile(sta
     assert jobs.cancel(held.id).status == jobs.cancel(waiting.id).status == "cancelled"
     assert not kept.exists()
     assert started.service.current == other.fine_tuned_model
+
+
+def test_a_job_that_begins_anew_after_a_rollback_says_so(started):
+    """Or its steps would go back without a reason."""
+    jobs = started.client.fine_tuning.jobs
+    ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
+    job = create(started.client, FACTS[0], hyperparameters=ENDLESS)
+    before = started.service.wait_for_step(1, job.job_id)
+    started.service.call(started.service.service.rollback("base", "a test"))
+    until(lambda: started.service.service.in_training not in (None, before))
+    messages = [event.message for event in jobs.list_events(job.id)]
+    assert "Fine-tuning job restarted: the stable checkpoint has moved" in messages
+    assert jobs.cancel(job.id).status == "cancelled"
 
 
 def test_one_of_several_that_train_together_is_paused_and_the_others_go_on(tmp_path):
@@ -433,6 +450,26 @@ def test_a_job_that_cannot_be_made_is_refused_by_name(client, options, param):
     assert len(client.fine_tuning.jobs.list().data) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "told", "code"),
+    [
+        ({"suffix": "a:b"}, "'suffix': String should match pattern", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs': .*greater than or equal to 1", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": 1.5}}, "n_epochs': .*valid integer", "invalid_value"),
+        ({"hyperparameters": {"n_epochs": "2"}}, "n_epochs': .*valid integer", "invalid_value"),
+        ({"hyperparameters": {"batch_size": 1025}}, "batch_size': .*less than or equal to 1024", "invalid_value"),
+        ({"hyperparameters": {"learning_rate_multiplier": -1}}, "multiplier': .*greater than 0", "invalid_value"),
+        ({"seed": True}, "'seed': .*valid integer", "invalid_value"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_is_wrong(client, options, told, code):
+    """Of values that may be "auto" too; and not what another route says of a parameter of the same name."""
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
+        client.fine_tuning.jobs.create(**{"model": "stable", "training_file": "file-none"}, extra_body=options)
+    assert caught.value.code == code
+
+
 def test_training_goes_on_from_the_stable_checkpoint_alone(started):
     """Another one is refused, with what to do; one that is not there is not found."""
     older = started.service.learn(FACTS[7], FACTS[8], FACTS[9])
@@ -456,7 +493,24 @@ def test_jobs_are_listed_in_pages_and_by_metadata(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.fine_tuning.jobs.list(after="ftjob-x")
     assert caught.value.param == "after"
+    for wrong in ("1.5", "+1", "0", "101"):
+        with pytest.raises(openai.BadRequestError, match="whole number from 1 to 100") as caught:
+            client.fine_tuning.jobs.list(extra_query={"limit": wrong})
+        assert caught.value.param == "limit"
     ended(client, made[-1])
+
+
+def test_a_page_makes_only_the_documents_that_it_shows():
+    """With `ident`, what is not on it is known by its id alone."""
+    made = []
+
+    def shown(number):
+        made.append(number)
+        return {"id": str(number)}
+
+    asked = Request({"type": "http", "query_string": b"limit=2&after=4"})
+    found = page(asked, range(1000), shown, ident=str)
+    assert ([one["id"] for one in found["data"]], found["has_more"], made) == (["5", "6"], True, [5, 6])
 
 
 def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):

@@ -283,8 +283,8 @@ def test_a_client_that_hangs_up_ends_its_generation(started, stream):
 
 
 def test_an_unknown_route_or_method_is_told_in_json(client):
-    hint = error(client.get("/nothing"), 404, "not_found")["hint"]
-    assert "/search" in hint
+    hint = error(client.get("/serach"), 404, "not_found")["hint"]
+    assert hint == "Is /search meant? GET /openapi.json lists all."
     assert "/openapi.json" in hint
     response = client.get("/search")
     error(response, 405, "method_not_allowed")

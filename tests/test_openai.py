@@ -140,6 +140,18 @@ def test_logprobs_are_those_of_mlx_lm(started):
         assert bytes(token.bytes).decode() == token.token
 
 
+def test_logprobs_of_live_weights_are_those_of_the_weights_that_answer(started):
+    """Under `training`, while nothing trains: as under `stable`, which has weights of its own here."""
+
+    def told(model):
+        answer = started.client.chat.completions.create(**ask(FACTS[3][0], model=model, logprobs=True, top_logprobs=2))
+        return [(token.token, token.logprob) for token in answer.choices[0].logprobs.content]
+
+    live, stable = told("training"), told("stable")
+    assert [token for token, _ in live] == [token for token, _ in stable]
+    assert [one for _, one in live] == pytest.approx([one for _, one in stable], abs=1e-4)
+
+
 def test_an_answer_that_must_be_json_and_is_not_is_an_error(client):
     """It is no answer; one that is cut is told as cut; text is always honoured."""
     form = {"response_format": {"type": "json_object"}}
@@ -305,10 +317,31 @@ def test_a_streamed_completion_is_the_same_with_its_logprobs(client):
     assert all(2 <= len(top) <= 3 for top in whole.logprobs.top_logprobs)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_continuation_keeps_the_space_that_it_begins_with(started, stream):
+    """Its text is that of its tokens, and offsets are places in it."""
+    [token] = started.service.call(started.service.service.tokens(" you"))
+    body = {"model": "base", "prompt": ["Who are you?"], "max_tokens": 3, "logprobs": 2, "logit_bias": {token: 100}}
+    came = started.client.completions.create(**body, stream=stream)
+    choices = [chunk.choices[0] for chunk in came] if stream else came.choices
+    text = "".join(choice.text for choice in choices)
+    assert text == " you" * 3
+    told = [choice.logprobs for choice in choices if choice.logprobs]
+    assert "".join(word for one in told for word in one.tokens) == text
+    assert [offset for one in told for offset in one.text_offset] == [0, 4, 8]
+
+
 # --- refused -------------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}]
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLED = [
+    {"role": "user", "content": "?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c", "content": "Rain."},
+]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +368,16 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0]", "invalid_value"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0]", "invalid_value"),
+        ({"messages": CALLED}, "messages[1].tool_calls", "unsupported_parameter"),
+        ({"messages": CALLED[::2]}, "messages[1].role", "unsupported_parameter"),
         ({"temperature": 2.5}, "temperature", "invalid_value"),
+        ({"temperature": "0.5"}, "temperature", "invalid_value"),
+        ({"n": "2"}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"n": 2.0}, "n", "invalid_value"),
+        ({"stream": "no"}, "stream", "invalid_value"),
+        ({"logprobs": "on"}, "logprobs", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
         ({"n": 0}, "n", "invalid_value"),
         ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"logit_bias": {"1536": 1}}, "logit_bias", "invalid_value"),
@@ -354,6 +396,24 @@ def test_what_is_not_supported_is_refused_by_name(client, extra, param, code):
     assert set(caught.value.body) == {"message", "type", "param", "code"}
     assert caught.value.type == "invalid_request_error"
     assert param.split("[")[0].split(".")[0] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({"stop": ["a"] * 17}, "at most 16 items"),
+        ({"stop": 3}, "'stop'"),
+        ({"prompt": ["a"] * 129}, "'prompt'.* at most 128 items"),
+        ({"prompt": [1, -1]}, r"'prompt\[1\]'.* greater than or equal to 0"),
+        ({"prompt": ["a"] * 3, "n": 100}, "300 answers.*256 may wait"),
+        ({"prompt": ["a"] * 3, "n": 100, "stream": True}, "300 answers.*256 may wait"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+)
+def test_what_is_told_is_about_what_was_meant(client, extra, told):
+    """Of a parameter of many types, the fault of the one that was given; what can never fit is not tried again."""
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.completions.create(**{"model": "base", "prompt": "a", "extra_body": extra})
 
 
 def test_values_that_ask_for_nothing_are_taken(client):
@@ -375,7 +435,10 @@ def test_typed_errors_for_models_prompts_and_routes(started):
         started.client.models.retrieve("A_2000-01-01_0001")
     with pytest.raises(openai.BadRequestError) as caught:
         create(**ask("Hello! " * CONTEXT))
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError) as caught:
+        started.client.completions.create(model="base", prompt="Hello! " * CONTEXT, stream=True)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
     for prompt, param in (("", "prompt"), ([1, 99_999], "prompt")):
         with pytest.raises(openai.BadRequestError) as caught:
             started.client.completions.create(model="base", prompt=prompt)
@@ -387,6 +450,9 @@ def test_typed_errors_for_models_prompts_and_routes(started):
         started.client.embeddings.create(model="stable", input="a")
     with pytest.raises(openai.NotFoundError, match="no route /v1/images/generations"):
         started.client.images.generate(prompt="a")
+    meant = started.http.get("/v1/chat/completion").json()["error"]["message"]
+    assert "Is /v1/chat/completions or" in meant
+    assert len(meant) < 200
     wrong = started.http.get("/v1/chat/completions")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert set(wrong.json()["error"]) == {"message", "type", "param", "code"}

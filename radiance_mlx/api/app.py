@@ -1,5 +1,7 @@
 """The ASGI application over one `Service`."""
 
+from difflib import get_close_matches
+
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -47,8 +49,9 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        paths = ", ".join(sorted({*(shown(facts.path) for facts in TABLE), OWN_PATH}))
-        return error_response(NotFound(f"There is no route {path}.", f"Routes: {paths}."), path)
+        alike = get_close_matches(path, sorted({shown(facts.path) for facts in TABLE}), n=3)
+        meant = f"Is {' or '.join(alike)} meant? " if alike else ""
+        return error_response(NotFound(f"There is no route {path}.", f"{meant}GET {OWN_PATH} lists all."), path)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         answer = error_response(MethodNotAllowed(f"{request.method} is not for {path}.", f"Allowed: {allowed}."), path)

@@ -17,7 +17,9 @@ def error_response(error: RadianceError, path: str) -> JSONResponse:
     headers = {"retry-after": "1"} if status in (429, 503) else {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error) if openai else {"error": error.as_dict()}, status, headers)
+    if openai and status == 409:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would ask again
+    return JSONResponse(error_body(error, path) if openai else {"error": error.as_dict()}, status, headers)
 
 
 def answer_body(answer: Answer, latency_s: float) -> dict[str, Any]:

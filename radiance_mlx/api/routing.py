@@ -50,14 +50,13 @@ async def _disconnected(request: Request) -> None:
 
 
 def number(request: Request, name: str, default: int, low: int, high: int) -> int:
+    """A whole number of the query, of digits alone; `low` is 0 or more. Raises `InvalidRequest`."""
     text = request.query_params.get(name)
-    try:
-        value = default if text is None else int(text)
-    except ValueError:
-        value = low - 1
-    if not low <= value <= high:
-        raise InvalidRequest(f"{name} must be a whole number from {low} to {high}.")
-    return value
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
+        raise InvalidRequest(f"'{name}' must be a whole number from {low} to {high}.")
+    return int(text)
 
 
 @dataclass(frozen=True)

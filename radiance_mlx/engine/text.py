@@ -12,7 +12,7 @@ from typing import Any
 from mlx_lm.generate import TextStateMachine
 
 from ..messages import TextDelta, TokenLogprob, ToolCall, Tools
-from .tokens import TokenTrail
+from .tokens import TokenTrail, untrimmed
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class AnswerText:
     """One answer as it grows. `stopped` is true once a stop string has come.
 
-    With `plain`, all that comes is text. With `tools`, what the model writes as a call becomes one; what cannot be
-    read as a call stays text.
+    With `plain`, all that comes is text, a space at its beginning too. With `tools`, what the model writes as a call
+    becomes one; what cannot be read as a call stays text.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class AnswerText:
         plain: bool = False,
         tools: Tools | None = None,
     ) -> None:
-        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._tokenizer = tokenizer
+        self._detokenizer = untrimmed(tokenizer.detokenizer) if plain else tokenizer.detokenizer
         self._tools = tools if tools and tools.functions and tokenizer.has_tool_calling else None
         thinking = tokenizer.has_thinking and not plain
         machine = TextStateMachine(self._transitions(stop, thinking))

@@ -22,6 +22,13 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     return str(tokenizer.decode([token])).encode()
 
 
+def untrimmed(detokenizer: Any) -> Any:
+    """A new `detokenizer` that keeps a space which the text begins with: mlx-lm's trim it while no text is before."""
+    if isinstance(detokenizer, SPMStreamingDetokenizer | BPEStreamingDetokenizer):
+        detokenizer.text, detokenizer.offset = "\n", 1  # some text, that was told already
+    return detokenizer
+
+
 class TokenTrail:
     """Which tokens the answer's text came from, while text is held back, cut off or put elsewhere.
 

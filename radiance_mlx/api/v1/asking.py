@@ -51,7 +51,15 @@ async def checkpoint_of(service: Service, model: str) -> str:
 
 
 async def several(service: Service, questions: Sequence[Generate], n: int) -> list[Generate]:
-    """Each question `n` times, each time with a seed of its own; all of them go to one checkpoint."""
+    """Each question `n` times, each time with a seed of its own; all of them go to one checkpoint.
+
+    Raises `BadParameter` for more than may ever wait at once.
+    """
+    count, most = n * len(questions), service.config.serving.max_waiting
+    if count > most:
+        raise BadParameter(
+            "n", f"This asks for {count} answers, prompts times 'n'; {most} may wait at once.", "Ask for fewer."
+        )
     if n == 1 and len(questions) == 1:
         return list(questions)
     return [

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ...messages import Answer, TextDelta
+from ...service import Service
 from ..routing import service_of
 from . import shapes
 from .asking import addressed, answers_to, pieces_of, several
@@ -27,6 +28,7 @@ async def chat_completion(request: Request) -> Response:
         raise BadParameter.unsupported(
             "tools", "this model's chat template shows it none, or how it calls them is not known."
         )
+    await _require_place_for_calls(service, body)
     question = replace(question, messages=tuple(m.turn for m in body.messages), tools=body.template())
     n = body.n or 1
     questions = await several(service, [question], n)
@@ -50,6 +52,19 @@ async def chat_completion(request: Request) -> Response:
         "usage": shapes.usage(dict(enumerate(answers)), n),
     }
     return JSONResponse(document, headers=shapes.headers(came.checkpoint, came.checkpoint_status))
+
+
+async def _require_place_for_calls(service: Service, body: ChatRequest) -> None:
+    """Raises `BadParameter` if a call of a tool, or what came of one, would be left out of the prompt in silence."""
+    called = [
+        f"messages[{place}].{'tool_calls' if message.tool_calls else 'role'}"
+        for place, message in enumerate(body.messages)
+        if message.tool_calls or message.role == "tool"
+    ]
+    if called and not await service.shows_tools():
+        raise BadParameter.unsupported(
+            called[0], "this model's chat template shows no calls of tools.", "Say it in the text of another message."
+        )
 
 
 def _choice(number: int, answer: Answer, body: ChatRequest) -> dict[str, Any]:

@@ -21,6 +21,11 @@ TYPES = {
 }
 #: what OpenAI calls the same
 CODES = {"prompt_too_long": "context_length_exceeded", "busy": "rate_limit_exceeded"}
+#: the parameter that an error without one of its own is about, by its code and the route
+PARAMS = {
+    ("prompt_too_long", "/v1/chat/completions"): "messages",
+    ("prompt_too_long", "/v1/completions"): "prompt",
+}
 
 
 class BadParameter(InvalidRequest):
@@ -55,10 +60,10 @@ def status_of(error: RadianceError) -> int:
     return STATUS.get(error.code, error.status)
 
 
-def error_body(error: RadianceError) -> dict[str, Any]:
-    """The whole document. The hint is part of the message: there is no other place that clients show."""
+def error_body(error: RadianceError, path: str = "") -> dict[str, Any]:
+    """The whole document, for the route `path`. The hint is part of the message: clients show nothing else."""
     status = status_of(error)
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     message = f"{error.message} {error.hint}".strip()
-    param = getattr(error, "param", None)
+    param = getattr(error, "param", PARAMS.get((error.code, path)))
     return {"error": {"message": message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}}

@@ -79,7 +79,12 @@ async def list_tunings(request: Request) -> Response:
         if wanted.items() <= (tuning.request.get("metadata") or {}).items()
     ]
     records = {record.checkpoint: record for record in await service.checkpoints()}
-    listed = page(request, found, lambda tuned: tuning_body(service, tuned, records.get(tuned[1].checkpoint or "")))
+    listed = page(
+        request,
+        found,
+        lambda tuned: tuning_body(service, tuned, records.get(tuned[1].checkpoint or "")),
+        ident=lambda tuned: tuned[0].tuning_id,
+    )
     return JSONResponse(listed, headers=shapes.headers(*service.current))
 
 

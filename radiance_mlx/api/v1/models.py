@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what can be asked; and what this service does not have."""
+"""`GET /v1/models`: what can be asked."""
 
 import time
 from typing import Any
@@ -12,7 +12,6 @@ from ...store import CheckpointRecord
 from ..routing import service_of
 from . import shapes
 from .asking import TRAINING, checkpoint_of
-from .errors import BadParameter
 
 _STARTED = int(time.time())
 
@@ -57,13 +56,3 @@ def _kept(record: CheckpointRecord) -> dict[str, Any]:
 
 def _model(name: str, created: int, checkpoint: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "radiance_mlx", "checkpoint": checkpoint}
-
-
-async def no_embeddings(request: Request) -> Response:
-    """Refused: this service answers and learns, and makes no embeddings."""
-    raise BadParameter(
-        None,
-        "Embeddings are not made here: the model that is loaded writes text.",
-        "Ask a service that has an embedding model.",
-        "unsupported_endpoint",
-    )

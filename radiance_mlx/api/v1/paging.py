@@ -5,41 +5,51 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from ...errors import InvalidRequest
+from ..routing import number
 from .errors import BadParameter
 
 T = TypeVar("T")
 
 
 def page(
-    request: Request, items: Sequence[T], shown: Callable[[T], dict[str, Any]], *, limit: int = 20, most: int = 100
+    request: Request,
+    items: Sequence[T],
+    shown: Callable[[T], dict[str, Any]],
+    *,
+    ident: Callable[[T], str] | None = None,
+    limit: int = 20,
+    most: int = 100,
 ) -> dict[str, Any]:
-    """The part of `items` that was asked for; `shown` gives each one's document. Raises `BadParameter`."""
+    """The part of `items` that was asked for. Raises `BadParameter`.
+
+    `shown` gives each one's document, and `ident` the id that is in it, for documents that cost something to make.
+    """
     count = whole(request, "limit", limit, 1, most)
-    documents = [shown(item) for item in items]
     start, after = 0, request.query_params.get("after")
     if after is not None:
-        places = [place for place, document in enumerate(documents) if document["id"] == after]
-        if not places:
+        place = next(
+            (place for place, item in enumerate(items) if (ident(item) if ident else shown(item)["id"]) == after), None
+        )
+        if place is None:
             raise BadParameter("after", f"'after' names {after!r}, which is not in this list.")
-        start = places[0] + 1
-    data = documents[start : start + count]
+        start = place + 1
+    data = [shown(item) for item in items[start : start + count]]
     return {
         "object": "list",
         "data": data,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
-        "has_more": start + count < len(documents),
+        "has_more": start + count < len(items),
     }
 
 
 def whole(request: Request, name: str, default: int, low: int, high: int) -> int:
     """A whole number of the query. Raises `BadParameter`."""
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
-        raise BadParameter(name, f"'{name}' must be a whole number from {low} to {high}.")
-    return int(text)
+    try:
+        return number(request, name, default, low, high)
+    except InvalidRequest as error:
+        raise BadParameter(name, error.message) from None
 
 
 def chosen(request: Request, name: str, default: str, among: Sequence[str]) -> str:

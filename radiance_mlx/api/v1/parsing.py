@@ -1,19 +1,39 @@
 """Reading bodies of OpenAI's requests: the first fault is told, with the parameter that it is about."""
 
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from ...errors import MalformedBody
 from ..bodies import read_body
 from ..routing import service_of
+from ..schemas import Body
 from .errors import BadParameter
-from .requests import REFUSED
 
-M = TypeVar("M", bound=BaseModel)
+
+class OpenAIBody(Body):
+    """A body, or a part of one. Types are as described: "2" is no number, and 2.0 no whole one; 2 is a number.
+
+    `REFUSED` has, for parameters that ask for what is not done here, why that is so.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    REFUSED: ClassVar[Mapping[str, str]] = {}
+
+
+M = TypeVar("M", bound=OpenAIBody)
+#: faults of what has the right type: of a parameter of many types, it is this one that was meant
+_OF_VALUES = frozenset(
+    {
+        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+        *("too_short", "too_long", "string_too_short", "string_too_long", "string_pattern_mismatch"),
+    }
+)
 #: parts of a fault's place that name a type, and no parameter
 _TYPE = re.compile(r"[\[(]|^(str|int|float|bool|none|dict|constrained-.*)$|^[A-Z]|-")
 
@@ -28,20 +48,25 @@ def parse_openai(model: type[M], body: bytes) -> M:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise explained(error) from None
+        raise _explained(error, model.REFUSED) from None
 
 
-def explained(error: ValidationError) -> MalformedBody | BadParameter:
-    """The fault that lies deepest: of a parameter of many types, it is of the type that was meant."""
+def _explained(error: ValidationError, refused: Mapping[str, str]) -> MalformedBody | BadParameter:
+    """The fault of the type that was meant: one of the value itself, else the one that lies deepest."""
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     first = next((fault for fault in faults if fault["type"] == "json_invalid"), None)
     if first is not None:
         return MalformedBody(f"The body is not JSON in UTF-8: {first['msg']}", "Check quotes and commas.")
     place = faults[0]["loc"][:1]
-    return _told(max((f for f in faults if f["loc"][:1] == place), key=lambda fault: len(fault["loc"])))
+    return _told(max((f for f in faults if f["loc"][:1] == place), key=_meant), refused)
 
 
-def _told(fault: ErrorDetails) -> BadParameter:
+def _meant(fault: ErrorDetails) -> tuple[bool, int, bool]:
+    """The greater, the likelier it is that the fault is of the type that was meant."""
+    return fault["type"] in _OF_VALUES, len(fault["loc"]), fault["type"] != "literal_error"
+
+
+def _told(fault: ErrorDetails, refused: Mapping[str, str]) -> BadParameter:
     param = _path(fault["loc"])
     problem = fault["msg"].removeprefix("Value error, ")
     name = str(fault["loc"][0]) if fault["loc"] else ""
@@ -51,8 +76,8 @@ def _told(fault: ErrorDetails) -> BadParameter:
         )
     if fault["type"] == "missing":
         return BadParameter(param, f"Missing required parameter: '{param}'.", code="missing_required_parameter")
-    if name in REFUSED and (len(fault["loc"]) == 1 or name != "messages"):
-        return BadParameter.unsupported(param or name, REFUSED[name])
+    if name in refused and (len(fault["loc"]) == 1 or name != "messages"):
+        return BadParameter.unsupported(param or name, refused[name])
     code = "unsupported_value" if "not supported" in problem else "invalid_value"
     if param is None:  # of several together: the first that is named
         named = re.match(r"'(\w+)'", problem)

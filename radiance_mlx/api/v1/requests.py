@@ -1,17 +1,19 @@
 """Bodies of `/v1/chat/completions` and `/v1/completions`, as OpenAI describes them.
 
 What this service does not do is declared with the values that ask for nothing (null, false, "auto"), so that any
-other value is refused by name: `REFUSED` says why.
+other value is refused by name: `REFUSED` of each says why.
 """
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ...messages import Sampling, Tools, as_call
 from ...rows.turns import ROLES
-from ..schemas import Body, Text
+from ..schemas import Text
+from .parsing import OpenAIBody
 
 MOST = 1_000_000  # tokens: more than any context
 SEEDS = 2**63
@@ -19,34 +21,15 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 Tokens = Annotated[int, Field(ge=1, le=MOST)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 
-REFUSED = {
-    "audio": "the model writes text.",
-    "modalities": "the model writes text, and nothing else.",
-    "prediction": "nothing is gained from a predicted answer.",
-    "store": "answers are not kept.",
-    "web_search_options": "the service searches nothing.",
-    "functions": "it was replaced by 'tools'.",
-    "function_call": "it was replaced by 'tool_choice'.",
-    "parallel_tool_calls": "the model decides how many tools it calls.",
-    "tool_choice": "the model decides whether it calls a tool: only 'auto' and 'none' can be kept.",
-    "reasoning_effort": "how long the model reasons is up to its chat template (model.chat_template_args).",
-    "verbosity": "ask for it in the prompt.",
-    "service_tier": "there is one tier.",
-    "moderation": "nothing is moderated.",
-    "echo": "prompts are not repeated.",
-    "best_of": "every answer that is drawn is returned: use 'n'.",
-    "suffix": "text is continued at its end only.",
-}
 
-
-class StreamOptions(Body):
+class StreamOptions(OpenAIBody):
     """With `include_usage` one more chunk tells the tokens; nothing obfuscates here."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class Drawing(Body):
+class Drawing(OpenAIBody):
     """How answers are drawn, in both kinds of request."""
 
     model: Text
@@ -93,7 +76,7 @@ class Drawing(Body):
 # --- chat ----------------------------------------------------------------------------------------
 
 
-class TextPart(Body):
+class TextPart(OpenAIBody):
     """A part of a message: text alone is taken."""
 
     type: Literal["text"]
@@ -110,12 +93,12 @@ class TextPart(Body):
 Content = str | list[TextPart]
 
 
-class FunctionCalled(Body):
+class FunctionCalled(OpenAIBody):
     name: Text
     arguments: str
 
 
-class ToolCalled(Body):
+class ToolCalled(OpenAIBody):
     """A call that the model made before; its arguments are JSON."""
 
     id: Text
@@ -123,7 +106,7 @@ class ToolCalled(Body):
     function: FunctionCalled
 
 
-class ChatMessage(Body):
+class ChatMessage(OpenAIBody):
     """One turn. Assistants may have called tools; a `tool` says what came of a call."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -172,14 +155,14 @@ def _object(written: str) -> Any:
         return written
 
 
-class FunctionDefinition(Body):
+class FunctionDefinition(OpenAIBody):
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: Literal[False] | None = None
 
 
-class ToolDefinition(Body):
+class ToolDefinition(OpenAIBody):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -187,7 +170,7 @@ class ToolDefinition(Body):
         return self.model_dump(exclude_none=True)
 
 
-class ResponseFormat(Body):
+class ResponseFormat(OpenAIBody):
     """`json_object`: an answer that is no JSON object is an error, and no answer."""
 
     type: Literal["text", "json_object"]
@@ -195,6 +178,22 @@ class ResponseFormat(Body):
 
 class ChatRequest(Drawing):
     """`POST /v1/chat/completions`."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "audio": "the model writes text.",
+        "modalities": "the model writes text, and nothing else.",
+        "prediction": "nothing is gained from a predicted answer.",
+        "store": "answers are not kept.",
+        "web_search_options": "the service searches nothing.",
+        "functions": "it was replaced by 'tools'.",
+        "function_call": "it was replaced by 'tool_choice'.",
+        "parallel_tool_calls": "the model decides how many tools it calls.",
+        "tool_choice": "the model decides whether it calls a tool: only 'auto' and 'none' can be kept.",
+        "reasoning_effort": "how long the model reasons is up to its chat template (model.chat_template_args).",
+        "verbosity": "ask for it in the prompt.",
+        "service_tier": "there is one tier.",
+        "moderation": "nothing is moderated.",
+    }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Tokens | None = None
@@ -271,6 +270,12 @@ TokenList = Annotated[list[Token], Field(min_length=1)]
 
 class CompletionRequest(Drawing):
     """`POST /v1/completions`: bare text, or tokens, to be continued; without a chat template."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "echo": "prompts are not repeated.",
+        "best_of": "every answer that is drawn is returned: use 'n'.",
+        "suffix": "text is continued at its end only.",
+    }
 
     prompt: (
         str

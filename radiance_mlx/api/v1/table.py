@@ -6,7 +6,8 @@ from ..routing import RouteFacts
 from . import files, fine_tuning, schemas, tuning_schemas
 from .chat import chat_completion
 from .completions import text_completion
-from .models import get_model, list_models, no_embeddings
+from .embeddings import no_embeddings
+from .models import get_model, list_models
 from .requests import ChatRequest, CompletionRequest
 from .tuning_requests import TuningRequest
 

@@ -1,18 +1,20 @@
 """Bodies of `POST /v1/fine_tuning/jobs`."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ...messages import Terms
-from ..schemas import Body, Text
+from ..schemas import Text
+from .parsing import OpenAIBody
 
 Auto = Literal["auto"]
 #: names a model in ids, so that it must not hold what separates their parts
 SUFFIX = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
-class Hyperparameters(Body):
+class Hyperparameters(OpenAIBody):
     """What "auto", or nothing, leaves to the service's configuration."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -20,11 +22,11 @@ class Hyperparameters(Body):
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0.0, le=1000.0)] | None = None
 
 
-class Supervised(Body):
+class Supervised(OpenAIBody):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Body):
+class Method(OpenAIBody):
     """How it is trained: on answers."""
 
     type: Literal["supervised"]
@@ -38,7 +40,13 @@ class Method(Body):
         return given
 
 
-class TuningRequest(Body):
+def hyperparameters_of(request: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of a `TuningRequest` as plain data, wherever they stand."""
+    supervised = (request.get("method") or {}).get("supervised") or {}
+    return request.get("hyperparameters") or supervised.get("hyperparameters") or {}
+
+
+class TuningRequest(OpenAIBody):
     """`hyperparameters` may stand at the top, in the older form, or under `method`."""
 
     model: Text
@@ -63,19 +71,14 @@ class TuningRequest(Body):
             raise ValueError("'hyperparameters' stand at the top and under 'method': give them once")
         return self
 
-    @property
-    def wanted(self) -> Hyperparameters:
-        """Wherever they stand."""
-        supervised = self.method.supervised if self.method else None
-        return self.hyperparameters or (supervised and supervised.hyperparameters) or Hyperparameters()
-
     def terms(self) -> Terms | None:
         """None: as configured, in company of others. A name or a validation of its own asks for a batch of its own."""
-        wanted = self.wanted
+        asked = hyperparameters_of(self.model_dump(exclude_none=True))
+        wanted = {name: value for name, value in asked.items() if value != "auto"}
         terms = Terms(
-            epochs=None if wanted.n_epochs == "auto" else wanted.n_epochs,
-            batch_size=None if wanted.batch_size == "auto" else wanted.batch_size,
-            lr_multiplier=None if wanted.learning_rate_multiplier == "auto" else wanted.learning_rate_multiplier,
+            epochs=wanted.get("n_epochs"),
+            batch_size=wanted.get("batch_size"),
+            lr_multiplier=wanted.get("learning_rate_multiplier"),
             seed=self.seed,
         )
         return terms if terms != Terms() or self.suffix or self.validation_file else None

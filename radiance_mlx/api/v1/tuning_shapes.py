@@ -6,6 +6,7 @@ from typing import Any
 from ...messages import FINAL_STATES
 from ...service import Service
 from ...store import CheckpointRecord, JobRecord, Tuned, TuningRecord
+from .tuning_requests import hyperparameters_of
 
 STATUS = {
     "review": "validating_files",
@@ -32,8 +33,7 @@ def tuning_body(service: Service, tuned: Tuned, record: CheckpointRecord | None)
     """`schemas.TuningJob`; `record` is the checkpoint that was published of it."""
     tuning, job = tuned
     asked = tuning.request
-    method = asked.get("method") or {}
-    wanted = asked.get("hyperparameters") or (method.get("supervised") or {}).get("hyperparameters") or {}
+    wanted = hyperparameters_of(asked)
     hyperparameters = {
         name: wanted.get(name, "auto") for name in ("n_epochs", "batch_size", "learning_rate_multiplier")
     }
@@ -52,8 +52,7 @@ def tuning_body(service: Service, tuned: Tuned, record: CheckpointRecord | None)
         "organization_id": "local",
         "result_files": [],
         "seed": asked.get("seed", service.config.training.seed),
-        # one whose training is being stopped is as good as cancelled: it will not be published
-        "status": "cancelled" if job.cancel_requested else STATUS[job.state],
+        "status": STATUS[job.state],
         "trained_tokens": record.metrics.get("trained_tokens") if record else None,
         "training_file": asked["training_file"],
         "validation_file": asked.get("validation_file"),
@@ -105,9 +104,10 @@ class Events:
                     told.append(_event(self._tuning, f"{number}-begun", at, "Fine-tuning job started"))
                 self._begun = True
                 told.append(_progress(self._tuning, number, at, entry["data"]))
-            elif entry["kind"] in ("paused", "resumed"):
+            elif entry["kind"] in ("paused", "resumed", "restarted"):
                 self._begun = False
-                told.append(_event(self._tuning, number, at, f"Fine-tuning job {entry['kind']}"))
+                why = f": {entry['data']['why']}" if entry["kind"] == "restarted" else ""
+                told.append(_event(self._tuning, number, at, f"Fine-tuning job {entry['kind']}{why}"))
         return told
 
     def end(self, job: JobRecord) -> list[dict[str, Any]]:
