@@ -63,8 +63,7 @@ class Tuning:
 
         Raises `IdempotencyMismatch`.
         """
-        rows = {"request": request, "examples": [example.as_dict() for example in examples]}
-        raw = await asyncio.to_thread(lambda: json.dumps(rows).encode())
+        raw = await asyncio.to_thread(_raw, request, examples)
         curated = await asyncio.to_thread(curated_files, examples)
 
         def record(job: JobRecord) -> TuningRecord:
@@ -126,3 +125,9 @@ class Tuning:
         """In training, it is cancelled as soon as that has stopped. Raises `NotFound`, `Conflict`."""
         tuning, _ = await self.one(tuning_id)
         return tuning, await self._scheduler.cancel(tuning.job_id)
+
+
+def _raw(request: dict[str, Any], examples: Sequence[Example]) -> bytes:
+    """What is kept of a job as it was asked for. Example by example: one long `dumps` would hold up all threads."""
+    listed = ", ".join(json.dumps(example.as_dict()) for example in examples)
+    return f'{{"request": {json.dumps(request)}, "examples": [{listed}]}}'.encode()

@@ -300,6 +300,20 @@ def test_a_file_with_a_bad_line_is_refused_and_the_line_named(client, content, t
     assert len(list(client.files.list())) == before
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (json.dumps({"conversations": [{"from": f, "value": f} for f in ("human", "gpt") * 1500]}).encode(), "line 1: 1500"),
+        (b'{"text": "ab"}\n' * 100_001, "more than 100,000 examples"),
+    ],
+    ids=["one chat", "many rows"],
+)
+def test_a_file_that_becomes_too_much_is_refused(client, content, told):
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
+        client.files.create(file=("a.jsonl", content), purpose="fine-tune")
+    assert (caught.value.param, caught.value.code) == ("file", "invalid_file")
+
+
 def test_every_bad_line_is_found():
     with pytest.raises(InvalidRequest) as caught:
         examples_of_jsonl(b"".join([jsonl(FACTS[0]), b"{\n"] * 7))

@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from ..messages import STABLE, Generate, Sampling
 from ..rows import ExampleBody
+from ..rows.limits import MOST_EXAMPLES
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -88,14 +89,14 @@ class SearchAnswer(BaseModel):
 class UpdateRequest(Body):
     """`POST /update`."""
 
-    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=100_000)]
+    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=MOST_EXAMPLES)]
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
 
 
 class UpdateEnvelope(Body):
     """`UpdateRequest` before its examples are looked at one by one."""
 
-    examples: Annotated[list[Any], Field(min_length=1, max_length=100_000)]
+    examples: Annotated[list[Any], Field(min_length=1, max_length=MOST_EXAMPLES)]
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
 
 

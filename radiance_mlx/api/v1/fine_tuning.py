@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...errors import InvalidRequest, NotFound, StoreError
+from ...errors import InvalidRequest, NotFound, PayloadTooLarge, StoreError
 from ...messages import FINAL_STATES, STABLE, Example
 from ...service import Service
 from ...store import Tuned
@@ -59,10 +59,10 @@ async def _require_stable(service: Service, model: str) -> None:
 
 async def _examples(service: Service, param: str, file_id: str) -> list[Example]:
     try:
-        examples = await examples_of_file(await service.tuning.content(file_id))
+        examples = await examples_of_file(service, await service.tuning.content(file_id))
         await service.require_place_for_tools(examples)
         return examples
-    except (NotFound, InvalidRequest) as error:
+    except (NotFound, InvalidRequest, PayloadTooLarge) as error:
         raise BadParameter(param, f"'{param}': {error.message}", error.hint, "invalid_file") from None
     except StoreError as error:
         raise BadParameter(param, f"'{param}': {error.message}", error.hint, "invalid_file") from error
