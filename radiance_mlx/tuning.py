@@ -27,9 +27,9 @@ class Tuning:
 
     # --- files -----------------------------------------------------------------------------------
 
-    async def upload(self, filename: str, purpose: str, content: bytes, rows: int) -> UploadRecord:
-        """Keep a file whose `rows` lines are sound; it is durable once this returns."""
-        return await self._store(lambda s: s.uploads.add(filename, purpose, content, rows))
+    async def upload(self, filename: str, purpose: str, content: bytes, examples: int) -> UploadRecord:
+        """Keep a file that is sound, and so many examples; it is durable once this returns."""
+        return await self._store(lambda s: s.uploads.add(filename, purpose, content, examples))
 
     async def file(self, file_id: str) -> UploadRecord:
         """Raises `NotFound`."""
@@ -48,6 +48,12 @@ class Tuning:
         await self._store(lambda s: s.uploads.delete(file_id))
 
     # --- jobs ------------------------------------------------------------------------------------
+
+    async def known(self, request: dict[str, Any], idempotency_key: str | None) -> Tuned | None:
+        """The job that this key has already made of this request. Raises `IdempotencyMismatch`."""
+        if idempotency_key is None:
+            return None
+        return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
 
     async def create(
         self,
@@ -76,7 +82,7 @@ class Tuning:
                 raw=raw,
                 curated=curated,
                 idempotency_key=idempotency_key,
-                body_hash=hashlib.sha256(raw).hexdigest(),
+                body_hash=_hash(request),
                 terms=terms,
                 also=lambda db, job: insert(db, record(job), validation),
             )
@@ -125,6 +131,11 @@ class Tuning:
         """In training, it is cancelled as soon as that has stopped. Raises `NotFound`, `Conflict`."""
         tuning, _ = await self.one(tuning_id)
         return tuning, await self._scheduler.cancel(tuning.job_id)
+
+
+def _hash(request: dict[str, Any]) -> str:
+    """Tells a request from others: it names its files, whose contents never change."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _raw(request: dict[str, Any], examples: Sequence[Example]) -> bytes:

@@ -485,6 +485,20 @@ def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
     ended(client, first)
 
 
+def test_a_job_is_known_by_its_key_when_its_file_is_gone_and_its_model_is_no_longer_stable(started):
+    """The key is looked up before anything that may have changed since."""
+    client, key = started.client, {"Idempotency-Key": "lasting"}
+    body = {"model": started.service.current, "training_file": upload(client, FACTS[0]).id}
+    first = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=key)
+    ended(client, first)
+    client.files.delete(body["training_file"])
+    assert started.service.current != body["model"]
+    again = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=key)
+    assert (again.id, again.status) == (first.id, "succeeded")
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.create(**body, extra_headers=key)
+
+
 def test_a_failed_job_tells_why(started, monkeypatch):
     """As its error, and as its last event."""
 

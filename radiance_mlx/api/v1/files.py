@@ -94,5 +94,5 @@ def file_body(record: UploadRecord) -> dict[str, Any]:
         "filename": record.filename,
         "purpose": record.purpose,
         "status": "processed",
-        "examples": record.rows,
+        "examples": record.examples,
     }

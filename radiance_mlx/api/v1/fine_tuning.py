@@ -29,14 +29,18 @@ async def create_tuning(request: Request) -> Response:
     """Accept a job; it is durable once this answers, and does not need its files any more."""
     service = service_of(request)
     body = await parsed(request, TuningRequest)
-    await _require_stable(service, body.model)
-    examples = await _examples(service, "training_file", body.training_file)
-    validation = await _examples(service, "validation_file", body.validation_file) if body.validation_file else []
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise BadParameter(None, "The Idempotency-Key must have 1 to 255 characters.")
+    asked = body.model_dump(exclude_none=True)
+    known = await service.tuning.known(asked, key)  # first: its files may be gone by now, and its model another one
+    if known is not None:
+        return await _told(service, known)
+    await _require_stable(service, body.model)
+    examples = await _examples(service, "training_file", body.training_file)
+    validation = await _examples(service, "validation_file", body.validation_file) if body.validation_file else []
     tuned = await service.tuning.create(
-        body.model_dump(exclude_none=True),
+        asked,
         examples,
         validation,
         terms=body.terms(),
