@@ -19,6 +19,12 @@ from radiance_mlx.rows.lines import examples_of_jsonl
 WAITING = {**QUICK, "update_mode": "batched", "batch.max_examples": 3, "batch.max_age_minutes": 1000}
 #: enough for nano to learn two facts by heart
 LEARN = {"n_epochs": 45, "batch_size": 2, "learning_rate_multiplier": 2}
+#: an upload as it goes over the wire
+PURPOSE = b'--y\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+WHOLE = PURPOSE + (
+    b'--y\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"text": "Rain fell."}\r\n--y--\r\n'
+)
+MULTIPART = {"content-type": "multipart/form-data; boundary=y"}
 ENDLESS = {"n_epochs": 1000}
 
 
@@ -303,7 +309,10 @@ def test_a_file_with_a_bad_line_is_refused_and_the_line_named(client, content, t
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (json.dumps({"conversations": [{"from": f, "value": f} for f in ("human", "gpt") * 1500]}).encode(), "line 1: 1500"),
+        (
+            json.dumps({"conversations": [{"from": f, "value": f} for f in ("human", "gpt") * 1500]}).encode(),
+            "line 1: 1500",
+        ),
         (b'{"text": "ab"}\n' * 100_001, "more than 100,000 examples"),
     ],
     ids=["one chat", "many rows"],
@@ -412,10 +421,14 @@ def test_an_upload_that_is_none_is_refused(started):
         ({"files": {"purpose": (None, "fine-tune")}}, "missing_required_parameter"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, "malformed_body"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, "malformed_body"),
+        ({"content": WHOLE[:-4], "headers": MULTIPART}, "malformed_body"),
+        ({"content": WHOLE[:-30], "headers": MULTIPART}, "malformed_body"),
+        ({"content": PURPOSE + WHOLE, "headers": MULTIPART}, "invalid_value"),
         ({"files": {"file": ("a.jsonl", b" " * (65 << 20))}}, "payload_too_large"),
     ):
         response = post("/v1/files", **options)
         assert response.json()["error"]["code"] == code, response.text
+    assert post("/v1/files", content=WHOLE, headers=MULTIPART).json()["examples"] == 1
 
 
 # --- jobs ------------------------------------------------------------------------------------------

@@ -255,6 +255,7 @@ def test_json_is_a_list_an_object_with_one_inside_one_example_or_lines(
     [
         (b'{"text": "a"}\n{"text": "\xe9"}', "x.jsonl", ("line 2", "0xe9 at 10: save the file as UTF-8")),
         (b'{"text": "a"}\n{"te\0xt": 1}', "x.jsonl", ("line 2", "NUL byte")),
+        (b'{"text": "a"}\n{"text": "a", "text": "b"}', "x.jsonl", ("line 2", "the key 'text' is there twice")),
         (b'{"text": "a"}\nnope', "x.jsonl", ("line 2", "not JSON: Expecting value at column 1")),
         (b'{"text": "a"}\n' + b"[" * 100_000, "x.jsonl", ("line 2", "not JSON")),
         (b'[{"text": "a"},\n{"text": }]', "x.json", ("line 2", "not JSON: Expecting value at column 10")),
@@ -441,7 +442,7 @@ def test_what_all_rows_of_an_update_or_a_file_become_is_bounded() -> None:
         lambda: parse_update(update, max_body_mb=0.02),
         lambda: examples_of_jsonl(lines, every_answer=True, max_body_mb=0.02),
     ):
-        with pytest.raises(PayloadTooLarge, match="more than 0.16 MB"):
+        with pytest.raises(PayloadTooLarge, match=r"more than 0\.16 MB"):
             read_all()
     single = b'{"text":"a"}\n' * 2000
     assert len(examples_of_jsonl(single, max_body_mb=len(single) / 2**20)) == 2000

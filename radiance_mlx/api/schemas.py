@@ -5,16 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..messages import STABLE, Generate, Sampling
-from ..rows import ExampleBody
+from ..rows import ExampleBody, turns
 from ..rows.limits import MOST_EXAMPLES
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Body(BaseModel):
-    """Unknown fields are errors: a misspelt option must not be ignored silently."""
-
-    model_config = ConfigDict(extra="forbid")
+Body = turns.Strict
+Text = turns.Text
 
 
 class Message(Body):

@@ -7,6 +7,7 @@ from ..errors import InvalidRequest
 from ..messages import Example
 from .forms import SHAPES, Understood, understand
 from .limits import MAX_BODY_MB, MOST_EXAMPLES, Room, too_many
+from .turns import loads
 
 #: so many bad lines are told; a file of another format has nothing but bad ones
 TOLD = 20
@@ -15,7 +16,7 @@ TOLD = 20
 def understand_line(line: bytes, *, every_answer: bool | None = None) -> Understood:
     """One line, as it stands in the file. Raises `InvalidRequest` as `understand` does."""
     try:
-        value = json.loads(line.decode())
+        value = loads(line.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"not UTF-8: byte 0x{line[error.start]:02x} at {error.start}") from None
     except (ValueError, RecursionError) as error:

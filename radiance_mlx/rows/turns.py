@@ -22,9 +22,14 @@ ROLES = {"developer": "system", "function": "tool"}
 
 
 class Strict(BaseModel):
-    """Unknown keys are faults: what is not understood must not be left out silently."""
+    """Unknown keys are faults: what is not understood, or misspelt, must not be left out silently."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def without_nulls(value: Any, *kept: str) -> Any:
+    """Data sets fill up each message with the keys that some other one has; null is meant in those that are `kept`."""
+    return {k: v for k, v in value.items() if v is not None or k in kept} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,23 @@ def _json(value: Any) -> Any:
 def parsed_json(text: str) -> Any:
     """Raises `ValueError`."""
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON: {error}") from None
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`; a key that an object has twice is a fault, of which one value would be lost in silence."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found
 
 
 def check(value: Any, place: str = "", levels: int = DEEPEST) -> None:
@@ -147,8 +166,7 @@ class TaughtMessage(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        """Data sets fill up each message with the keys that some other one has."""
-        return {k: v for k, v in value.items() if v is not None or k == "content"} if isinstance(value, dict) else value
+        return without_nulls(value, "content")
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "TaughtMessage":
@@ -221,7 +239,9 @@ def _examples(
     """Those whose answers are the `wanted` turns."""
     shown = json_of(list(tools)) if tools else ""
     extras = tuple(json_of(turn.beside) for turn in turns)
-    check_answers([len(turn.content) + len(extra) for turn, extra in zip(turns, extras, strict=True)], wanted, len(shown))
+    check_answers(
+        [len(turn.content) + len(extra) for turn, extra in zip(turns, extras, strict=True)], wanted, len(shown)
+    )
     messages = tuple((turn.role, turn.content) for turn in turns)
     first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
     return [
