@@ -424,7 +424,7 @@ def test_an_upload_that_is_none_is_refused(started):
         ({"content": WHOLE[:-4], "headers": MULTIPART}, "malformed_body"),
         ({"content": WHOLE[:-30], "headers": MULTIPART}, "malformed_body"),
         ({"content": PURPOSE + WHOLE, "headers": MULTIPART}, "invalid_value"),
-        ({"files": {"file": ("a.jsonl", b" " * (65 << 20))}}, "payload_too_large"),
+        ({"files": {"file": ("a.jsonl", b" " * (17 << 20))}}, "payload_too_large"),
     ):
         response = post("/v1/files", **options)
         assert response.json()["error"]["code"] == code, response.text

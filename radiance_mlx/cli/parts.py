@@ -19,7 +19,7 @@ from . import output
 if TYPE_CHECKING:
     from ..client import Client
 
-#: of an update's size the service's own setting decides, which is asked for above this
+#: how large an update may be is the service's own setting, which is asked for above this
 ASK_BYTES = 2**19
 MEMORY_BYTES = 2**25
 #: for tags and what stands around examples
