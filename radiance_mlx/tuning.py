@@ -30,9 +30,9 @@ class Tuning:
 
     # --- files -----------------------------------------------------------------------------------
 
-    async def upload(self, filename: str, purpose: str, content: bytes, rows: int) -> UploadRecord:
-        """Keep a file whose `rows` lines are sound; it is durable once this returns."""
-        return await self._store(lambda s: s.uploads.add(filename, purpose, content, rows))
+    async def upload(self, filename: str, purpose: str, content: bytes, examples: int) -> UploadRecord:
+        """Keep a file that is sound, and so many examples; it is durable once this returns."""
+        return await self._store(lambda s: s.uploads.add(filename, purpose, content, examples))
 
     async def file(self, file_id: str) -> UploadRecord:
         """Raises `NotFound`."""
@@ -52,6 +52,12 @@ class Tuning:
 
     # --- jobs ------------------------------------------------------------------------------------
 
+    async def known(self, request: dict[str, Any], idempotency_key: str | None) -> Tuned | None:
+        """The job that this key has already made of this request. Raises `IdempotencyMismatch`."""
+        if idempotency_key is None:
+            return None
+        return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
+
     async def create(
         self,
         request: dict[str, Any],
@@ -66,8 +72,7 @@ class Tuning:
 
         Raises `IdempotencyMismatch`.
         """
-        rows = {"request": request, "examples": [example.as_dict() for example in examples]}
-        raw = await asyncio.to_thread(lambda: json.dumps(rows).encode())
+        raw = await asyncio.to_thread(_raw, request, examples)
         curated = await asyncio.to_thread(curated_files, examples)
 
         def record(job: JobRecord) -> TuningRecord:
@@ -80,7 +85,7 @@ class Tuning:
                 raw=raw,
                 curated=curated,
                 idempotency_key=idempotency_key,
-                body_hash=hashlib.sha256(raw).hexdigest(),
+                body_hash=_hash(request),
                 terms=terms,
                 also=lambda db, job: insert(db, record(job), validation),
             )
@@ -150,3 +155,14 @@ def _as_known(tuning: TuningRecord) -> Iterator[None]:
     except Conflict as error:
         said = error.message.replace(tuning.job_id, tuning.tuning_id)
         raise Conflict(said, error.hint, error.details) from None
+
+
+def _hash(request: dict[str, Any]) -> str:
+    """Tells a request from others: it names its files, whose contents never change."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+def _raw(request: dict[str, Any], examples: Sequence[Example]) -> bytes:
+    """What is kept of a job as it was asked for. Example by example: one long `dumps` would hold up all threads."""
+    listed = ", ".join(json.dumps(example.as_dict()) for example in examples)
+    return f'{{"request": {json.dumps(request)}, "examples": [{listed}]}}'.encode()

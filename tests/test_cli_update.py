@@ -94,6 +94,8 @@ def test_a_preview_needs_no_service_and_tells_formats_tokens_and_refusals(
     assert main(["update", file, "--dry-run", "--skip-bad", *alone]) == output.OK
     out, err = capsys.readouterr()
     assert "by the tokenizer of nano" in out
+    assert "line 2 (sharegpt, answer 2 of 2)" in out
+    assert "line 1 (chat)" in out
     assert "line 6: output: is missing" in out
     assert "nothing was sent" in err
 
@@ -127,8 +129,13 @@ def test_what_the_template_refuses_is_refused_in_the_preview(
     file = jsonl(tmp_path / "rows.jsonl", [{"messages": CHAT, "tools": tools}, {"messages": CHAT}])
     assert main(["update", file, "--dry-run", "--json", *alone]) == output.USAGE
     found = json.loads(capsys.readouterr().out)
-    assert (found["formats"], found["examples"]) == ({"chat": 1}, 1)
+    assert (found["formats"], found["examples"]) == ({"chat": 2}, 1)
     assert "no place for tools" in found["refused"][0]["problem"]
+    file = jsonl(tmp_path / "tools.jsonl", [{"messages": CHAT, "tools": tools}])
+    assert main(["update", file, "--dry-run", *alone]) == output.USAGE
+    out = capsys.readouterr().out
+    assert "0 examples · formats: chat 1" in out
+    assert "tokens: none, for no row can be learnt" in out
 
 
 # --- what is sent ------------------------------------------------------------------------------------

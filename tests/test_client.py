@@ -203,6 +203,22 @@ def test_every_update_has_a_key_of_its_own_and_an_empty_one_is_sent(
     assert all(len(key or "") > 20 for _, key in seen[2:])
 
 
+def test_a_wait_that_fails_tells_the_job_and_the_key_of_what_was_accepted(
+    recorder: tuple[str, list[tuple[str, str | None]]],
+) -> None:
+    with client.Client(recorder[0]) as c, pytest.raises(errors.RadianceError, match="accepted as job_000001") as caught:
+        c.update([{"text": "a"}], wait=True)
+    assert caught.value.details == {"job_id": "job_000001", "idempotency_key": recorder[1][0][1]}
+
+
+def test_a_stream_is_asked_for_by_its_own_method() -> None:
+    with client.Client(f"http://127.0.0.1:{free_port()}", retry=Retry(1)) as c:
+        with pytest.raises(errors.InvalidRequest, match="Use search_stream"):
+            c.search("hi", stream=True)
+        with pytest.raises(errors.ServiceUnreachable):
+            c.search_stream("hi", stream=True)
+
+
 def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
     """NaN, infinity and bytes that are no text, wherever they stand; no service is needed to say so."""
     with client.Client(f"http://127.0.0.1:{free_port()}") as c:
@@ -221,6 +237,7 @@ def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
         for ask in (
             lambda: c.update([{"text": "a"}], idempotency_key="\udcff"),
             lambda: c.update("text"),
+            lambda: c.update([{"text": "a"}], tags="user:alice"),
             lambda: c.jobs(state="\udcff"),
             lambda: c.job("\udcff"),
             lambda: c.job(""),

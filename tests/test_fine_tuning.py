@@ -21,6 +21,12 @@ from radiance_mlx.rows.lines import examples_of_jsonl
 WAITING = {**QUICK, "update_mode": "batched", "batch.max_examples": 3, "batch.max_age_minutes": 1000}
 #: enough for nano to learn two facts by heart
 LEARN = {"n_epochs": 45, "batch_size": 2, "learning_rate_multiplier": 2}
+#: an upload as it goes over the wire
+PURPOSE = b'--y\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
+WHOLE = PURPOSE + (
+    b'--y\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{"text": "Rain fell."}\r\n--y--\r\n'
+)
+MULTIPART = {"content-type": "multipart/form-data; boundary=y"}
 ENDLESS = {"n_epochs": 1000}
 
 
@@ -317,6 +323,23 @@ def test_a_file_with_a_bad_line_is_refused_and_the_line_named(client, content, t
     assert len(list(client.files.list())) == before
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            json.dumps({"conversations": [{"from": f, "value": f} for f in ("human", "gpt") * 1500]}).encode(),
+            "line 1: 1500",
+        ),
+        (b'{"text": "ab"}\n' * 100_001, "more than 100,000 examples"),
+    ],
+    ids=["one chat", "many rows"],
+)
+def test_a_file_that_becomes_too_much_is_refused(client, content, told):
+    with pytest.raises(openai.BadRequestError, match=told) as caught:
+        client.files.create(file=("a.jsonl", content), purpose="fine-tune")
+    assert (caught.value.param, caught.value.code) == ("file", "invalid_file")
+
+
 def test_every_bad_line_is_found():
     with pytest.raises(InvalidRequest) as caught:
         examples_of_jsonl(b"".join([jsonl(FACTS[0]), b"{\n"] * 7))
@@ -415,10 +438,14 @@ def test_an_upload_that_is_none_is_refused(started):
         ({"files": {"purpose": (None, "fine-tune")}}, "missing_required_parameter"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data; boundary=y"}}, "malformed_body"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, "malformed_body"),
-        ({"files": {"file": ("a.jsonl", b" " * (65 << 20))}}, "payload_too_large"),
+        ({"content": WHOLE[:-4], "headers": MULTIPART}, "malformed_body"),
+        ({"content": WHOLE[:-30], "headers": MULTIPART}, "malformed_body"),
+        ({"content": PURPOSE + WHOLE, "headers": MULTIPART}, "invalid_value"),
+        ({"files": {"file": ("a.jsonl", b" " * (17 << 20))}}, "payload_too_large"),
     ):
         response = post("/v1/files", **options)
         assert response.json()["error"]["code"] == code, response.text
+    assert post("/v1/files", content=WHOLE, headers=MULTIPART).json()["examples"] == 1
 
 
 # --- jobs ------------------------------------------------------------------------------------------
@@ -523,6 +550,20 @@ def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.create(**{**body, "seed": 1}, extra_headers=key)
     ended(client, first)
+
+
+def test_a_job_is_known_by_its_key_when_its_file_is_gone_and_its_model_is_no_longer_stable(started):
+    """The key is looked up before anything that may have changed since."""
+    client, key = started.client, {"Idempotency-Key": "lasting"}
+    body = {"model": started.service.current, "training_file": upload(client, FACTS[0]).id}
+    first = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=key)
+    ended(client, first)
+    client.files.delete(body["training_file"])
+    assert started.service.current != body["model"]
+    again = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=key)
+    assert (again.id, again.status) == (first.id, "succeeded")
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.create(**body, extra_headers=key)
 
 
 def test_a_failed_job_tells_why(started, monkeypatch):

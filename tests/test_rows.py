@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from radiance_mlx.api.bodies import parse_update
-from radiance_mlx.errors import InvalidRequest, RadianceError
+from radiance_mlx.errors import InvalidRequest, PayloadTooLarge, RadianceError
 from radiance_mlx.messages import Example
 from radiance_mlx.rows import understand
 from radiance_mlx.rows.columns import find_map, parse_map
 from radiance_mlx.rows.files import read
 from radiance_mlx.rows.intake import Intake, Refused, Taken
+from radiance_mlx.rows.limits import Room
 from radiance_mlx.rows.lines import examples_of_jsonl
 
 ASKED = {"role": "user", "content": "q"}
@@ -254,6 +255,7 @@ def test_json_is_a_list_an_object_with_one_inside_one_example_or_lines(
     [
         (b'{"text": "a"}\n{"text": "\xe9"}', "x.jsonl", ("line 2", "0xe9 at 10: save the file as UTF-8")),
         (b'{"text": "a"}\n{"te\0xt": 1}', "x.jsonl", ("line 2", "NUL byte")),
+        (b'{"text": "a"}\n{"text": "a", "text": "b"}', "x.jsonl", ("line 2", "the key 'text' is there twice")),
         (b'{"text": "a"}\nnope', "x.jsonl", ("line 2", "not JSON: Expecting value at column 1")),
         (b'{"text": "a"}\n' + b"[" * 100_000, "x.jsonl", ("line 2", "not JSON")),
         (b'[{"text": "a"},\n{"text": }]', "x.json", ("line 2", "not JSON: Expecting value at column 10")),
@@ -409,3 +411,48 @@ def test_an_intake_counts_rows_by_format_and_stops_at_its_limit() -> None:
         3,
         ["line 3: not JSON:"],
     )
+
+
+# --- how much it may become --------------------------------------------------------------------------
+
+
+def sharegpt(answers: int, length: int = 1) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a" * length}]
+    return {"conversations": turns * answers}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"), [(sharegpt(1001), "1001 answers"), (sharegpt(500), "500 answers, each with all before it")]
+)
+def test_a_chat_of_very_many_answers_is_refused_and_not_made_into_examples(row: Any, problem: str) -> None:
+    """Each would have all before it: kilobytes would become hundreds of megabytes. Its last answer alone may be had."""
+    with pytest.raises(InvalidRequest, match=problem):
+        understand(row)
+    assert len(understand(row, every_answer=False).examples) == 1
+    assert len(understand(sharegpt(300)).examples) == 300
+
+
+def test_what_all_rows_of_an_update_or_a_file_become_is_bounded() -> None:
+    """In characters, after chats became examples; rows of one answer each are bounded by the body alone."""
+    rows: list[Any] = [sharegpt(20, 100)] * 4
+    update = json.dumps({"examples": rows}).encode()
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    assert len(examples_of_jsonl(lines)) == len(parse_update(update)[0]) == 80
+    for read_all in (
+        lambda: parse_update(update, max_body_mb=0.02),
+        lambda: examples_of_jsonl(lines, every_answer=True, max_body_mb=0.02),
+    ):
+        with pytest.raises(PayloadTooLarge, match=r"more than 0\.16 MB"):
+            read_all()
+    single = b'{"text":"a"}\n' * 2000
+    assert len(examples_of_jsonl(single, max_body_mb=len(single) / 2**20)) == 2000
+
+
+def test_a_file_and_an_update_have_100_000_examples_at_most() -> None:
+    """Counted before any line is read, and after chats became examples."""
+    with pytest.raises(PayloadTooLarge, match="more than 100,000"):
+        examples_of_jsonl(b"\n{}\n" * 100_001)
+    room = Room(1000)
+    room.take([PAIR] * 100_000)
+    with pytest.raises(PayloadTooLarge, match="more than 100,000"):
+        room.take([PAIR])

@@ -818,6 +818,35 @@ def test_a_database_from_before_reconsolidations_goes_on(tmp_path: Path, clock: 
     store.close()
 
 
+def test_events_of_a_job_are_found_without_reading_the_journal(tmp_path: Path, clock: Clock) -> None:
+    """Also those from before events were indexed by job; and the examples of a file were called rows."""
+    (tmp_path / "state").mkdir()
+    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("index_events_by_job")]
+    path = tmp_path / "state" / "radiance.db"
+    Database(path, clock, steps).close()
+    raw = sqlite3.connect(path)
+    raw.executemany(
+        "INSERT INTO events (at, kind, data) VALUES (7, 'progress', ?)",
+        [(f'{{"jobs": ["job_{i % 1000:06d}", "job_{i % 1000:06d}"], "i": {i}}}',) for i in range(5000)],
+    )
+    raw.execute("""INSERT INTO events (at, kind, data) VALUES (7, 'moved', '{"why": "x"}')""")
+    raw.execute("INSERT INTO uploads VALUES (1, 'file-a', 'a.jsonl', 'fine-tune', 1, 3, 'h', 7)")
+    raw.commit()
+    raw.close()
+    store = Store(tmp_path, clock)
+    last = store.event("published", {"jobs": ["job_000007", "job_000008"]})
+    looks: list[int] = []
+    store._database._connection.set_progress_handler(lambda: looks.append(1), 100)
+    found = store.events_of("job_000007")
+    assert [event["data"].get("i") for event in found] == [7, 1007, 2007, 3007, 4007, None]
+    assert [event["id"] for event in store.events_of("job_000007", found[-2]["id"])] == [last]
+    assert store.events_of("job_999999") == []
+    assert len(looks) < 10
+    store._database._connection.set_progress_handler(None, 0)
+    assert store.uploads.one("file-a").examples == 3
+    store.close()
+
+
 def test_a_busy_database_raises_store_error_and_the_store_goes_on(tmp_path: Path, store: Store) -> None:
     """Another program that holds the file makes a write fail with a hint; afterwards writes work again."""
     other = sqlite3.connect(tmp_path / "state/radiance.db", isolation_level=None)

@@ -10,6 +10,7 @@ from ..config.schema import ServerSection
 from ..errors import InvalidRequest, MalformedBody, PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from ..messages import Example
 from ..rows import SHAPES, understand
+from ..rows.limits import MAX_BODY_MB, Room
 from .schemas import UpdateEnvelope
 
 M = TypeVar("M", bound=BaseModel)
@@ -62,16 +63,23 @@ def parse(model: type[M], body: bytes) -> M:
         raise _explain(error) from None
 
 
-def parse_update(body: bytes) -> tuple[list[Example], list[str]]:
-    """Examples and tags of an update. Every bad example is named at once, by its index; a chat may be several."""
+def parse_update(body: bytes, max_body_mb: float = MAX_BODY_MB) -> tuple[list[Example], list[str]]:
+    """Examples and tags of an update. Every bad example is named at once, by its index; a chat may be several.
+
+    Raises `MalformedBody`, `InvalidRequest`; `PayloadTooLarge` for what its chats become (`rows.limits`).
+    """
     envelope = parse(UpdateEnvelope, body)
     examples: list[Example] = []
     faults: list[dict[str, Any]] = []
+    room = Room(max_body_mb)
     for index, row in enumerate(envelope.examples):
         try:
-            examples += understand(row).examples
+            found = understand(row).examples
         except InvalidRequest as error:
             faults.append({"example": index, "problems": error.details or [{"problem": error.message}]})
+        else:
+            room.take(found)
+            examples += found
     if faults:
         count = f"{len(faults)} of {len(envelope.examples)} examples"
         named = ", ".join(str(fault["example"]) for fault in faults[:20])

@@ -5,15 +5,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..messages import STABLE, Generate, Sampling
-from ..rows import ExampleBody
+from ..rows import ExampleBody, turns
+from ..rows.limits import MOST_EXAMPLES
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Body(BaseModel):
-    """Unknown fields are errors: a misspelt option must not be ignored silently."""
-
-    model_config = ConfigDict(extra="forbid")
+Body = turns.Strict
+Text = turns.Text
 
 
 class Message(Body):
@@ -88,14 +84,14 @@ class SearchAnswer(BaseModel):
 class UpdateRequest(Body):
     """`POST /update`."""
 
-    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=100_000)]
+    examples: Annotated[list[ExampleBody], Field(min_length=1, max_length=MOST_EXAMPLES)]
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
 
 
 class UpdateEnvelope(Body):
     """`UpdateRequest` before its examples are looked at one by one."""
 
-    examples: Annotated[list[Any], Field(min_length=1, max_length=100_000)]
+    examples: Annotated[list[Any], Field(min_length=1, max_length=MOST_EXAMPLES)]
     tags: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)] = []
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, RadianceError
 from ..messages import Example
+from ..rows.limits import MOST_EXAMPLES
 from . import output
 
 if TYPE_CHECKING:
     from ..client import Client
 
-#: what one update may hold; of its size the service's own setting decides, which is asked for above `ASK_BYTES`
-MOST_EXAMPLES = 100_000
+#: how large an update may be is the service's own setting, which is asked for above this
 ASK_BYTES = 2**19
 MEMORY_BYTES = 2**25
 #: for tags and what stands around examples

@@ -88,7 +88,8 @@ def _show(body: dict[str, Any]) -> None:
         line(remark)
     line(_tokens(body["tokens"]) if body["tokens"] else f"tokens: not counted ({body['why_no_tokens']})")
     for shown in body["shown"]:
-        line(f"\n{shown['place']} ({shown['format']})")
+        of = f", answer {shown['answers']} of {shown['answers']}" if shown["answers"] > 1 else ""
+        line(f"\n{shown['place']} ({shown['format']}{of})")
         if shown["asked"]:
             line(f"  asked:  {shown['asked']!r}")
         line(f"  learnt: {shown['learnt']!r}")
@@ -102,6 +103,8 @@ def _show(body: dict[str, Any]) -> None:
 
 
 def _tokens(tokens: dict[str, Any]) -> str:
+    if not tokens["total"]:
+        return "tokens: none, for no row can be learnt"
     cut = f"{tokens['cut']} longer than {tokens['max_seq_length']} (training.max_seq_length): they would be cut"
     if not tokens["cut"]:
         cut = f"none longer than {tokens['max_seq_length']}"

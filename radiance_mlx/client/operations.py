@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from ..errors import InvalidRequest, NotReady, RequestTimeout, ServiceUnreachable
+from ..errors import InvalidRequest, NotReady, RadianceError, RequestTimeout, ServiceUnreachable
 from . import results
 from .retrying import BUSY_STATUS, NO_RETRY, Retry, passes, retry_after
 from .wire import Json, error_of, fault_of, json_body, object_of, raise_for, search_body, segment, utf8
@@ -97,7 +97,7 @@ class Operations:
 
     def stream(self, prompt: Prompt, options: Mapping[str, Any]) -> Steps[httpx.Response]:
         """The response whose events are the answer."""
-        body = {**search_body(prompt, options), "stream": True}
+        body = {**search_body(prompt, {**options, "stream": None}), "stream": True}
         return (yield from self.answered(Call("POST", "/search", json_body(body), stream=True)))
 
     # --- teaching ------------------------------------------------------------------------------------
@@ -118,12 +118,19 @@ class Operations:
             raise InvalidRequest(
                 f"The request cannot be sent: example {strange[0]} is no mapping.", "Like {input, output}."
             )
+        if isinstance(tags, str):  # whose characters would be the tags
+            raise InvalidRequest(f"The request cannot be sent: tags is the text {tags!r}.", f"A list: tags=[{tags!r}].")
         body = json_body({"examples": [dict(row) for row in rows], "tags": list(tags)})
         call = Call("POST", "/update", body, headers=headers, keyed=True)
         accepted = results.UpdateResult.of(object_of((yield from self.answered(call))), key)
         if wait is False:
             return accepted
-        job = yield from self.wait(accepted.job_id, on_progress, timeout_s=None if wait is True else float(wait))
+        try:
+            job = yield from self.wait(accepted.job_id, on_progress, timeout_s=None if wait is True else float(wait))
+        except RadianceError as error:
+            error.details = {"job_id": accepted.job_id, "idempotency_key": key}
+            error.hint = f"{error.hint} The update was accepted as {accepted.job_id}; wait for that.".strip()
+            raise
         return replace(accepted, job=job)
 
     def wait(

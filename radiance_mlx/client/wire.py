@@ -70,6 +70,10 @@ def _unsendable(value: Any, path: str = "") -> Iterator[dict[str, str]]:
 
 
 def search_body(prompt: str | Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Json:
+    if options.get("stream"):
+        raise InvalidRequest(
+            "The request cannot be sent: search gives whole answers.", "Use search_stream for a stream."
+        )
     question = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(m) for m in prompt]}
     return {**question, **{key: value for key, value in options.items() if value is not None}}
 

@@ -5,10 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import AliasChoices
-
 from ..errors import InvalidRequest
-from .forms import FORMS
+from .forms import FORMS, keys_of
 
 #: names that columns of a question and its answer have, in lower case, likeliest first
 PAIRS = (
@@ -136,10 +134,7 @@ def _deciding(columns: Mapping[str, str]) -> str:
     if key is None:
         raise InvalidRequest(f"--map: {', '.join(columns)} alone is no example.", HINT)
     _, form = FORMS[key]
-    fields = {
-        str(field.validation_alias.choices[0]) if isinstance(field.validation_alias, AliasChoices) else name: field
-        for name, field in form.model_fields.items()
-    }
+    fields = keys_of(form)
     if missing := [name for name, field in fields.items() if field.is_required() and name not in columns]:
         raise InvalidRequest(f"--map: {' and '.join(columns)} needs {' and '.join(missing)} too.", HINT)
     if strange := [name for name in columns if name not in fields]:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from ..errors import InvalidRequest
 from .forms import FORMS
 from .lines import not_json
+from .turns import loads
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 FIELD_LIMIT = 2**27  # characters of one field of a table
@@ -172,7 +173,7 @@ def _by_line(lines: Iterable[_Line]) -> Iterator[Row]:
             yield Row(place, fault=line.fault)
         elif line.text.strip():
             try:
-                yield Row(place, json.loads(line.text))
+                yield Row(place, loads(line.text))
             except (ValueError, RecursionError) as error:
                 yield Row(place, fault=not_json(error))
 
@@ -209,7 +210,7 @@ def _numbered(values: Iterable[Any], word: str) -> Iterator[Row]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError):
         return None
 
@@ -218,7 +219,7 @@ def _why_no_json(lines: list[_Line]) -> Row:
     if bad := next((line for line in lines if line.fault), None):
         return Row(f"line {bad.number}", fault=bad.fault)
     try:
-        json.loads("".join(line.text for line in lines))
+        loads("".join(line.text for line in lines))
     except json.JSONDecodeError as error:
         return Row(f"line {error.lineno}", fault=not_json(error))
     except (ValueError, RecursionError) as error:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from ..errors import InvalidRequest
 from ..messages import Example
-from .turns import Strict, TaughtMessage, Text, Tools, Turn, check, examples_of, parsed_json
+from .turns import Strict, TaughtMessage, Text, Tools, Turn, check, examples_of, parsed_json, without_nulls
 
 SHAPES = (
     "{messages}, with tools or not, {input, output}, {prompt, completion}, {instruction, input, output}, "
@@ -93,7 +94,7 @@ class Said(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        return without_nulls(value)
 
     @model_validator(mode="after")
     def _speaks(self) -> "Said":
@@ -191,12 +192,17 @@ def understand(row: Any, *, every_answer: bool | None = None) -> Understood:
     return Understood(name, tuple(examples))  # type: ignore[arg-type]
 
 
+def keys_of(form: type[Strict]) -> dict[str, FieldInfo]:
+    """The fields of a form by the keys that rows have for them, the usual one where there are several."""
+    return {
+        str(field.validation_alias.choices[0]) if isinstance(field.validation_alias, AliasChoices) else name: field
+        for name, field in form.model_fields.items()
+    }
+
+
 def faults_of(error: ValidationError, form: type[Strict]) -> list[dict[str, str]]:
     """pydantic's faults in plain words, as `{field, problem}`."""
-    keys = " and ".join(
-        f.validation_alias.choices[0] if isinstance(f.validation_alias, AliasChoices) else name  # type: ignore[misc]
-        for name, f in form.model_fields.items()
-    )
+    keys = " and ".join(keys_of(form))
     words = {
         "missing": "is missing",
         "extra_forbidden": "is not a key that can be taught here",

@@ -36,7 +36,7 @@ class Intake:
     """Goes over the rows of `source` once, `limit` of them at most; the counts grow on the way.
 
     A table without `columns` has them found by their names (`find_map`, which raises `InvalidRequest`). `formats`
-    counts rows; a chat may be several examples.
+    counts rows that were understood; a chat may be several examples.
     """
 
     def __init__(

@@ -57,15 +57,22 @@ class Tokens:
 
 @dataclass
 class Shown:
-    """One example as it will be learnt: what is asked, and the answer."""
+    """One example as it will be learnt: what is asked, and the answer; the last of the `answers` of its row."""
 
     place: str
     format: str
     asked: str
     learnt: str
+    answers: int
 
-    def as_dict(self) -> dict[str, str]:
-        return {"place": self.place, "format": self.format, "asked": self.asked, "learnt": self.learnt}
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "place": self.place,
+            "format": self.format,
+            "asked": self.asked,
+            "learnt": self.learnt,
+            "answers": self.answers,
+        }
 
 
 @dataclass
@@ -112,8 +119,6 @@ def _encoded(row: Taken, preview: Preview, encoder: Encoder, tokens: Tokens, mas
         encoded = [encoder.example(e, mask_prompt=mask_prompt, max_tokens=2**31) for e in row.examples]
     except InvalidRequest as error:
         intake, refused = preview.intake, Refused(row.place, error.message)
-        intake.formats[row.format] -= 1
-        intake.formats += type(intake.formats)()  # without what is 0 now
         intake.examples -= len(row.examples)
         intake.refused.append(refused)
         return refused
@@ -123,14 +128,14 @@ def _encoded(row: Taken, preview: Preview, encoder: Encoder, tokens: Tokens, mas
     if len(preview.shown) < SHOWN:
         last, decode = encoded[-1], encoder.tokenizer.decode
         asked, learnt = decode(list(last.tokens[: last.offset])), decode(list(last.tokens[last.offset :]))
-        preview.shown.append(Shown(row.place, row.format, asked, learnt))
+        preview.shown.append(Shown(row.place, row.format, asked, learnt, len(encoded)))
     return row
 
 
 def _plain(row: Taken) -> Shown:
     """Without a tokenizer: roles and contents."""
-    example = row.examples[-1]
+    example, answers = row.examples[-1], len(row.examples)
     if not example.messages:
-        return Shown(row.place, row.format, "", example.text)
+        return Shown(row.place, row.format, "", example.text, answers)
     said = [f"[{m['role']}] {m['content'] or m.get('tool_calls')}" for m in example.chat()]
-    return Shown(row.place, row.format, "\n".join(said[:-1]), said[-1])
+    return Shown(row.place, row.format, "\n".join(said[:-1]), said[-1], answers)

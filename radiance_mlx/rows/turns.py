@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from ..messages import Example, as_call, json_of
+from .limits import check_answers
 
 Text = Annotated[str, Field(min_length=1)]
 #: levels of what tools and their calls may hold
@@ -21,9 +22,14 @@ ROLES = {"developer": "system", "function": "tool"}
 
 
 class Strict(BaseModel):
-    """Unknown keys are faults: what is not understood must not be left out silently."""
+    """Unknown keys are faults: what is not understood, or misspelt, must not be left out silently."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+def without_nulls(value: Any, *kept: str) -> Any:
+    """Data sets fill up each message with the keys that some other one has; null is meant in those that are `kept`."""
+    return {k: v for k, v in value.items() if v is not None or k in kept} if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,23 @@ def _json(value: Any) -> Any:
 def parsed_json(text: str) -> Any:
     """Raises `ValueError`."""
     try:
-        return json.loads(text)
+        return loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is no JSON: {error}") from None
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`; a key that an object has twice is a fault, of which one value would be lost in silence."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:100]!r} is there twice")
+    return found
 
 
 def check(value: Any, place: str = "", levels: int = DEEPEST) -> None:
@@ -146,8 +166,7 @@ class TaughtMessage(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        """Data sets fill up each message with the keys that some other one has."""
-        return {k: v for k, v in value.items() if v is not None or k == "content"} if isinstance(value, dict) else value
+        return without_nulls(value, "content")
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> "TaughtMessage":
@@ -204,21 +223,33 @@ def examples_of(turns: Sequence[Turn], tools: Sequence[dict[str, Any]] | None, e
     if not (every_answer or weighted):
         if turns[-1].role != "assistant" or turns[-1].empty:
             raise ValueError("the last message must be the assistant's, and not empty")
-        return [_example(turns, tools, False)]
+        return _examples(turns, [len(turns) - 1], tools, False)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and i > 0]
     wanted = [i for i in answers if turns[i].weight != 0]
     if not wanted:
         raise ValueError("no answer is to be learnt: " + ("all have weight 0" if answers else "nothing is answered"))
     if bare := [i for i in wanted if turns[i].empty]:
         raise ValueError(f"message {bare[0]}, an answer, must not be empty")
-    return [_example(turns[: i + 1], tools, True) for i in wanted]
+    return _examples(turns, wanted, tools, True)
 
 
-def _example(turns: Sequence[Turn], tools: Sequence[dict[str, Any]] | None, answer_only: bool) -> Example:
+def _examples(
+    turns: Sequence[Turn], wanted: Sequence[int], tools: Sequence[dict[str, Any]] | None, answer_only: bool
+) -> list[Example]:
+    """Those whose answers are the `wanted` turns."""
+    shown = json_of(list(tools)) if tools else ""
     extras = tuple(json_of(turn.beside) for turn in turns)
-    return Example(
-        messages=tuple((turn.role, turn.content) for turn in turns),
-        tools=json_of(list(tools)) if tools else "",
-        extras=extras if any(extras) else (),
-        answer_only=answer_only and any(turn.role == "assistant" for turn in turns[:-1]),
+    check_answers(
+        [len(turn.content) + len(extra) for turn, extra in zip(turns, extras, strict=True)], wanted, len(shown)
     )
+    messages = tuple((turn.role, turn.content) for turn in turns)
+    first = next(i for i, turn in enumerate(turns) if turn.role == "assistant")
+    return [
+        Example(
+            messages=messages[: i + 1],
+            tools=shown,
+            extras=extras[: i + 1] if any(extras[: i + 1]) else (),
+            answer_only=answer_only and first < i,
+        )
+        for i in wanted
+    ]

@@ -10,8 +10,11 @@ from .database import to_json
 
 def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: float) -> int:
     cursor = db.execute("INSERT INTO events (at, kind, data) VALUES (?, ?, ?)", (now, kind, to_json(dict(data))))
-    assert cursor.lastrowid is not None
-    return cursor.lastrowid
+    number = cursor.lastrowid
+    assert number is not None
+    named = [(job_id, number) for job_id in dict.fromkeys(data.get("jobs") or ())]
+    db.executemany("INSERT INTO job_events (job_id, event) VALUES (?, ?)", named)
+    return number
 
 
 def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:
@@ -21,9 +24,9 @@ def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any
 
 def of_job(db: sqlite3.Connection, job_id: str, number: int) -> list[dict[str, Any]]:
     rows = db.execute(
-        """SELECT events.* FROM events, json_each(events.data, '$.jobs') AS job
-           WHERE events.id > ? AND job.value = ? ORDER BY events.id""",
-        (number, job_id),
+        """SELECT events.* FROM job_events JOIN events ON events.id = job_events.event
+           WHERE job_events.job_id = ? AND job_events.event > ? ORDER BY job_events.event""",
+        (job_id, number),
     )
     return [_event(row) for row in rows]
 

@@ -158,6 +158,27 @@ def keep_uploads_and_tunings(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE jobs ADD COLUMN terms TEXT")
 
 
+def index_events_by_job(db: sqlite3.Connection) -> None:
+    """Which events name a job, so that following one does not read the whole journal at every look."""
+    db.execute(
+        """CREATE TABLE job_events (
+            job_id TEXT NOT NULL,
+            event INTEGER NOT NULL REFERENCES events (id),
+            PRIMARY KEY (job_id, event)
+        ) WITHOUT ROWID"""
+    )
+    db.execute(
+        """INSERT OR IGNORE INTO job_events (job_id, event)
+           SELECT job.value, events.id FROM events, json_each(events.data, '$.jobs') AS job
+           WHERE job.value IS NOT NULL"""
+    )
+
+
+def count_examples_of_uploads(db: sqlite3.Connection) -> None:
+    """What was called rows was a number of examples."""
+    db.execute("ALTER TABLE uploads RENAME COLUMN rows TO examples")
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     create_jobs,
     create_checkpoints,
@@ -166,4 +187,6 @@ MIGRATIONS: tuple[Migration, ...] = (
     remember_cancellations,
     tell_reconsolidations,
     keep_uploads_and_tunings,
+    index_events_by_job,
+    count_examples_of_uploads,
 )

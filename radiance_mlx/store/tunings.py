@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import NotFound
 from ..messages import Example
-from . import jobs
+from . import acceptance, jobs
 from .database import Database, to_json
 from .jobs import JobRecord
 
@@ -45,6 +45,13 @@ class Tunings:
         """The fine-tuning job that a job does, if it does one."""
         with self._database.read() as db:
             found = _where(db, "WHERE job_id = ?", job_id)
+        return found[0] if found else None
+
+    def known(self, idempotency_key: str, body_hash: str) -> Tuned | None:
+        """The one that this key already made. Raises `IdempotencyMismatch` when that was with another body."""
+        with self._database.read() as db:
+            job = acceptance.known(db, idempotency_key, body_hash)
+            found = [] if job is None else _where(db, "WHERE job_id = ?", job.job_id)
         return found[0] if found else None
 
     def all(self) -> list[Tuned]:

@@ -17,13 +17,13 @@ from .files import write_durably
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """`rows` are its lines, each of which was found sound; `bytes` and `sha256` are of the body."""
+    """`examples` is how many it is; `bytes` and `sha256` are of the body."""
 
     file_id: str
     filename: str
     purpose: str
     bytes: int
-    rows: int
+    examples: int
     sha256: str
     created: float
 
@@ -41,14 +41,14 @@ class Uploads:
             if body.name not in known:
                 body.unlink()
 
-    def add(self, filename: str, purpose: str, content: bytes, rows: int) -> UploadRecord:
+    def add(self, filename: str, purpose: str, content: bytes, examples: int) -> UploadRecord:
         """Keep a file: its body is on disk before it is known."""
         upload = UploadRecord(
             file_id=f"file-{secrets.token_hex(12)}",
             filename=filename,
             purpose=purpose,
             bytes=len(content),
-            rows=rows,
+            examples=examples,
             sha256=hashlib.sha256(content).hexdigest(),
             created=self._clock(),
         )

@@ -6,9 +6,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...errors import InvalidRequest
+from ...errors import InvalidRequest, PayloadTooLarge
 from ...messages import Example
 from ...rows.lines import examples_of_jsonl
+from ...service import Service
 from ...store import UploadRecord
 from ..routing import service_of
 from . import shapes
@@ -34,8 +35,8 @@ async def upload_file(request: Request) -> Response:
     if not 1 <= len(uploaded.filename) <= LONGEST_NAME:
         raise BadParameter("file", f"The file must have a name of 1 to {LONGEST_NAME} characters.")
     try:
-        examples = await examples_of_file(uploaded.content)
-    except InvalidRequest as error:
+        examples = await examples_of_file(service, uploaded.content)
+    except (InvalidRequest, PayloadTooLarge) as error:
         raise BadParameter(
             "file", f"The file cannot be used, and was not kept: {error.message}", error.hint, "invalid_file"
         ) from None
@@ -43,9 +44,10 @@ async def upload_file(request: Request) -> Response:
     return JSONResponse(file_body(record), headers=shapes.headers(*service.current))
 
 
-async def examples_of_file(content: bytes) -> list[Example]:
-    """Every answer of every row that `update` takes too. Raises `InvalidRequest`."""
-    return await asyncio.to_thread(examples_of_jsonl, content, every_answer=True)  # thousands take seconds
+async def examples_of_file(service: Service, content: bytes) -> list[Example]:
+    """Every answer of every row that `update` takes too. Raises `InvalidRequest`, `PayloadTooLarge`."""
+    most = service.config.server.max_body_mb
+    return await asyncio.to_thread(examples_of_jsonl, content, every_answer=True, max_body_mb=most)  # takes seconds
 
 
 async def list_files(request: Request) -> Response:
@@ -92,5 +94,5 @@ def file_body(record: UploadRecord) -> dict[str, Any]:
         "filename": record.filename,
         "purpose": record.purpose,
         "status": "processed",
-        "examples": record.rows,
+        "examples": record.examples,
     }

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ...errors import InvalidRequest, NotFound, StoreError
+from ...errors import InvalidRequest, NotFound, PayloadTooLarge, StoreError
 from ...messages import FINAL_STATES, STABLE, Example
 from ...service import Service
 from ...store import Tuned
@@ -29,14 +29,18 @@ async def create_tuning(request: Request) -> Response:
     """Accept a job; it is durable once this answers, and does not need its files any more."""
     service = service_of(request)
     body = await parsed(request, TuningRequest)
-    await _require_stable(service, body.model)
-    examples = await _examples(service, "training_file", body.training_file)
-    validation = await _examples(service, "validation_file", body.validation_file) if body.validation_file else []
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise BadParameter(None, "The Idempotency-Key must have 1 to 255 characters.")
+    asked = body.model_dump(exclude_none=True)
+    known = await service.tuning.known(asked, key)  # first: its files may be gone by now, and its model another one
+    if known is not None:
+        return await _told(service, known)
+    await _require_stable(service, body.model)
+    examples = await _examples(service, "training_file", body.training_file)
+    validation = await _examples(service, "validation_file", body.validation_file) if body.validation_file else []
     tuned = await service.tuning.create(
-        body.model_dump(exclude_none=True),
+        asked,
         examples,
         validation,
         terms=body.terms(),
@@ -59,10 +63,10 @@ async def _require_stable(service: Service, model: str) -> None:
 
 async def _examples(service: Service, param: str, file_id: str) -> list[Example]:
     try:
-        examples = await examples_of_file(await service.tuning.content(file_id))
+        examples = await examples_of_file(service, await service.tuning.content(file_id))
         await service.require_place_for_tools(examples)
         return examples
-    except (NotFound, InvalidRequest) as error:
+    except (NotFound, InvalidRequest, PayloadTooLarge) as error:
         raise BadParameter(param, f"'{param}': {error.message}", error.hint, "invalid_file") from None
     except StoreError as error:
         raise BadParameter(param, f"'{param}': {error.message}", error.hint, "invalid_file") from error

@@ -24,6 +24,15 @@ class Uploaded:
     fields: dict[str, str]
 
 
+class _Parser(MultiPartParser):
+    """That knows whether the body `ended` with its mark: one that breaks off is read without what was cut."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 async def read_upload(request: Request, settings: ServerSection, fields: tuple[str, ...]) -> Uploaded:
     """The `file` and such of `fields` as there are.
 
@@ -37,14 +46,20 @@ async def read_upload(request: Request, settings: ServerSection, fields: tuple[s
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
+    parser = _Parser(request.headers, stream(), max_files=1, max_fields=len(fields) + 4)
     try:
-        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=len(fields) + 4).parse()
+        form = await parser.parse()
     except MultiPartException as error:
         raise MalformedBody(f"The upload cannot be read: {error.message}") from None
+    if not parser.ended:
+        await form.close()
+        raise MalformedBody("The upload breaks off: the mark of its end is missing.", "Send it again, whole.")
     file, found = None, dict[str, str]()
     for name, value in form.multi_items():
         if name == "file" and isinstance(value, UploadFile):
             file = Uploaded(value.filename or "", await value.read(), found)
+        elif name in found:
+            raise BadParameter(name, f"Parameter '{name}' is given twice.")
         elif name in fields and isinstance(value, str):
             found[name] = value
         elif name not in (*fields, "file"):
