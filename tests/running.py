@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -50,7 +51,9 @@ def until(condition: Callable[[], T], what: str = "", patience_s: float = PATIEN
     """The first true value of `condition`; fails the test if none comes."""
     deadline = time.monotonic() + patience_s
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"never came: {what or condition}"
+        if time.monotonic() > deadline:
+            faulthandler.dump_traceback(sys.__stderr__)  # what every thread waits for
+            raise AssertionError(f"never came: {what or condition}")
         time.sleep(0.01)
     return value
 
