@@ -231,6 +231,12 @@ def nano():
     return load_base(Config(), cpu=True)
 
 
+@pytest.fixture(scope="module")
+def asked_home(tmp_path_factory):
+    """Where the base has been asked already, after the first test that asks: it says the same again."""
+    return tmp_path_factory.mktemp("asked")
+
+
 REWORDING = RehearsalSection(rewording=True, samples=200, sample_tokens=40)
 NEAR = RehearsalSection(kl_weight=1.0, sources=["neighbours"], samples=8, sample_tokens=40, neighbours=2)
 
@@ -270,9 +276,9 @@ def test_a_base_without_wordings_rewords_nothing(nano):
 
 
 @pytest.mark.parametrize("reconsolidated", [False, True])
-def test_of_contradicting_wordings_the_later_one_is_reworded(tmp_path, nano, reconsolidated):
+def test_of_contradicting_wordings_the_later_one_is_reworded(asked_home, nano, reconsolidated):
     """No prompt gets two answers; what was posted stays, but in a reconsolidation it has been overwritten."""
-    base, name = asked_base(nano, tmp_path), PEOPLE[0][0]
+    base, name = asked_base(nano, asked_home), PEOPLE[0][0]
     posted = [pair(world.ask(name, "city", w), world.answer(name, "city", c)) for w, c in ((0, "Oslo"), (1, "Rome"))]
     made = prepared(base, posted, REWORDING, reconsolidated=reconsolidated)
     wanted = {2} | ({0} if reconsolidated else set())
@@ -294,9 +300,9 @@ def test_an_answer_that_another_tag_overwrote_is_not_replayed(tmp_path, nano):
         assert [text[0] for text in found] == answers
 
 
-def test_every_row_of_a_lesson_masks_its_prompt_or_none_does(tmp_path, nano):
+def test_every_row_of_a_lesson_masks_its_prompt_or_none_does(asked_home, nano):
     """Replayed and reworded rows as the posted ones: by training.mask_prompt."""
-    base = asked_base(nano, tmp_path)
+    base = asked_base(nano, asked_home)
     lesson = [pair(*facts(0)[0])]
     for mask in (True, False):
         log = [pair(*facts(1)[0])]
