@@ -396,6 +396,39 @@ def test_a_file_takes_every_row_that_an_update_takes(started):
     assert started.service.store(lambda s: s.tunings.validation([job.job_id])) == tuple(learnt)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'prompt,completion\n"Who, then?",Ada\nAnd?,Ben\n'),
+        ("a.TSV", "question\tanswer\nWho, then?\tAda\nAnd?\tBen\n"),
+        ("a.json", json.dumps([{"instruction": "Who, then?", "output": "Ada"}, {"input": "And?", "output": "Ben"}])),
+    ],
+)
+def test_tables_and_json_documents_are_files_too(started, name, content):
+    """By the file's name; what is asked for a job is read the same way."""
+    file = started.client.files.create(file=(name, content.encode()), purpose="fine-tune")
+    assert file.examples == 2
+    job = started.client.fine_tuning.jobs.create(model="stable", training_file=file.id, hyperparameters={"n_epochs": 1})
+    ended(started.client, job)
+    learnt = [example for _, example in started.service.store(lambda s: s.examples_of([job.job_id]))]
+    assert [[content for _, content in e.messages] for e in learnt] == [["Who, then?", "Ada"], ["And?", "Ben"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", b"prompt,completion,source\nWho?,Ada,web\n", "columns source would not be learnt"),
+        ("a.csv", b"prompt,completion\nWho?\n", "line 2"),
+        ("a.csv", b"prompt,completion\n", "no row"),
+        ("a.json", b'{"examples": [{"input": "a", "output": "b"}], "tags": ["x"]}', "tags x would not be learnt"),
+        ("a.json", b"[1]", "example|row|entry"),
+    ],
+)
+def test_of_a_table_or_document_nothing_is_passed_over(client, name, content, told):
+    with pytest.raises(openai.BadRequestError, match=told):
+        client.files.create(file=(name, content), purpose="fine-tune")
+
+
 @pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_tools_that_the_base_cannot_show_make_no_job(client, param):
     """The file is sound, and kept for a base that can."""

@@ -1,5 +1,6 @@
 """From a source's rows to examples, one row at a time: what was understood and what was refused, and counts of both."""
 
+import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from itertools import islice
 from ..errors import InvalidRequest
 from ..messages import Example
 from .columns import ColumnMap, find_map
-from .files import Row, Source
+from .files import Row, Source, kind_of, read
 from .forms import understand
+from .limits import MAX_BODY_MB, Room
+from .lines import TOLD, examples_of_jsonl
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,29 @@ class Intake:
             raise InvalidRequest(
                 f"There is no column {', '.join(missing)}; there are: {', '.join(there)}.", "See --map."
             )
+
+
+def examples_of_upload(content: bytes, name: str, *, max_body_mb: float = MAX_BODY_MB) -> list[Example]:
+    """Every answer of a file that is in memory, in its order; its kind is what its `name` says, else JSONL.
+
+    Nothing of it is passed over: columns or tags that would not be learnt are a fault. Raises as `examples_of_jsonl`.
+    """
+    if kind_of(name) == "jsonl":
+        return examples_of_jsonl(content, every_answer=True, max_body_mb=max_body_mb)
+    intake = Intake(read(io.BytesIO(content), name), every_answer=True)
+    for what, unread in (("columns", intake.left_out), ("tags", intake.source.tags)):
+        if unread:
+            raise InvalidRequest(f"Its {what} {', '.join(unread)} would not be learnt.", "Leave them out of the file.")
+    examples, room = list[Example](), Room(max_body_mb)
+    for row in intake:
+        if isinstance(row, Taken):
+            room.take(row.examples)
+            examples += row.examples
+    if intake.refused:
+        named = "; ".join(map(str, intake.refused[:5]))
+        more = f"; and {len(intake.refused) - 5} more" if len(intake.refused) > 5 else ""
+        details = [{"place": r.place, "problem": r.problem} for r in intake.refused[:TOLD]]
+        raise InvalidRequest(f"{named}{more}.", "See the rows that can be learnt in the documentation.", details)
+    if not examples:
+        raise InvalidRequest("There is no row in it.", "At least one is needed.")
+    return examples

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from ...errors import InvalidRequest, PayloadTooLarge
 from ...messages import Example
-from ...rows.lines import examples_of_jsonl
+from ...rows.intake import examples_of_upload
 from ...service import Service
 from ...store import UploadRecord
 from ..routing import service_of
@@ -22,7 +22,7 @@ LONGEST_NAME = 255
 
 
 async def upload_file(request: Request) -> Response:
-    """Keep a JSONL file, once every line of it has been found sound."""
+    """Keep a file of JSONL, JSON, CSV or TSV, once every row of it has been found sound."""
     service = service_of(request)
     uploaded = await read_upload(request, service.config.server, ("purpose",))
     purpose = uploaded.fields.get("purpose")
@@ -35,7 +35,7 @@ async def upload_file(request: Request) -> Response:
     if not 1 <= len(uploaded.filename) <= LONGEST_NAME:
         raise BadParameter("file", f"The file must have a name of 1 to {LONGEST_NAME} characters.")
     try:
-        examples = await examples_of_file(service, uploaded.content)
+        examples = await examples_of_file(service, uploaded.content, uploaded.filename)
     except (InvalidRequest, PayloadTooLarge) as error:
         raise BadParameter(
             "file", f"The file cannot be used, and was not kept: {error.message}", error.hint, "invalid_file"
@@ -44,10 +44,10 @@ async def upload_file(request: Request) -> Response:
     return JSONResponse(file_body(record), headers=shapes.headers(*service.current))
 
 
-async def examples_of_file(service: Service, content: bytes) -> list[Example]:
+async def examples_of_file(service: Service, content: bytes, name: str) -> list[Example]:
     """Every answer of every row that `update` takes too. Raises `InvalidRequest`, `PayloadTooLarge`."""
     most = service.config.server.max_body_mb
-    return await asyncio.to_thread(examples_of_jsonl, content, every_answer=True, max_body_mb=most)  # takes seconds
+    return await asyncio.to_thread(examples_of_upload, content, name, max_body_mb=most)  # takes seconds
 
 
 async def list_files(request: Request) -> Response:

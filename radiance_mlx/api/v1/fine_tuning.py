@@ -63,7 +63,8 @@ async def _require_stable(service: Service, model: str) -> None:
 
 async def _examples(service: Service, param: str, file_id: str) -> list[Example]:
     try:
-        examples = await examples_of_file(service, await service.tuning.content(file_id))
+        name = (await service.tuning.file(file_id)).filename
+        examples = await examples_of_file(service, await service.tuning.content(file_id), name)
         await service.require_place_for_tools(examples)
         return examples
     except (NotFound, InvalidRequest, PayloadTooLarge) as error:
