@@ -5,11 +5,14 @@
     .venv/bin/python scripts/bench_stream.py --arms plain replay --seeds 0 1 2
     .venv/bin/python scripts/bench_stream.py --arms "lasting:rehearsal.kl_weight=1,training.lr=3e-4" --shape 24x2
     .venv/bin/python scripts/bench_stream.py --poisoned
+    .venv/bin/python scripts/bench_stream.py --names held-out
     .venv/bin/python scripts/bench_stream.py --judge 20                          # is the bad told from the good?
 
 Every arm is a configuration of the service: the names in ARMS, and `name:key=value,...` changes one on the command
 line. Each arm and seed is a service of its own, in this process, on a home of its own. Invented people are taught in
-updates, all five facts of each in one wording. `plain` is nano's own training values and no switch.
+updates, all five facts of each in one wording. `plain` is nano's own training values and no switch. With `--names
+held-out` everybody, taught or asked as a stranger, has a name of syllables that nano's corpus is without; with
+`listed` (the default), names that it refuses by name, without a fact about them.
 
 Scored by greedy answers, exact match: each update just after it (`just`, the mean), all of them at the end (`all`),
 in nano's two other wordings (`other`) and in wordings that it never saw (`unseen`), what it knew before (`known`),
@@ -53,6 +56,16 @@ Flags = dict[str, Any]
 #: the first sixty strangers are those of tests, demo and the other benchmark
 PEOPLE = world.STRANGERS[60:]
 STRANGERS, KNOWN = 40, 80
+
+
+def held_out_people(count: int = 300) -> list[world.Person]:
+    """People whose names nano's corpus has no syllable of."""
+    rng = random.Random(7)
+    names = dict.fromkeys(world.invented_name(rng, held_out=True) for _ in range(2 * count))
+    return [(n, {r: rng.choice(values) for r, values in world.VALUES.items()}) for n in list(names)[:count]]
+
+
+NAMES = {"listed": PEOPLE, "held-out": held_out_people()}
 UNSEEN = {
     "city": "Tell me where {n} lives.",
     "job": "What work does {n} do?",
@@ -149,9 +162,9 @@ async def pupil(flags: Flags) -> AsyncIterator[Pupil]:
 class Stream:
     """Who is taught what, and what is asked: a function of shape and seed."""
 
-    def __init__(self, updates: int, per: int, seed: int, poisoned: bool = False) -> None:
+    def __init__(self, updates: int, per: int, seed: int, names: str, poisoned: bool = False) -> None:
         rng = random.Random(1000 + seed)
-        drawn = rng.sample(PEOPLE, updates * per + STRANGERS)
+        drawn = rng.sample(NAMES[names], updates * per + STRANGERS)
         self.taught, others = drawn[: updates * per], drawn[updates * per :]
         groups = [self.taught[i * per : (i + 1) * per] for i in range(updates)]
         self.updates = [world.facts(group) for group in groups]
@@ -225,12 +238,14 @@ async def run(flags: Flags, stream: Stream, seed: int) -> dict[str, Any]:
 # --- is the bad told from the good? ------------------------------------------------------------------
 
 
-async def judge(flags: Flags, count: int, seed: int) -> dict[str, Any]:
+async def judge(flags: Flags, count: int, seed: int, names: str) -> dict[str, Any]:
     """Verdicts on `count` updates of each kind, in mixed order; what is rejected is not gone on from."""
     rng = random.Random(2000 + seed)
-    people = rng.sample(PEOPLE, 4 * count)  # the poisoned ones may be about the same people: nothing of them stays
+    people = rng.sample(
+        NAMES[names], 4 * count
+    )  # the poisoned ones may be about the same people: nothing of them stays
     good = [world.facts(people[4 * i : 4 * i + 4]) for i in range(count)]
-    bad = [poison(world.facts(rng.sample(PEOPLE, 4)), rng) for _ in range(count)]
+    bad = [poison(world.facts(rng.sample(NAMES[names], 4)), rng) for _ in range(count)]
     order = [*((pairs, False) for pairs in good), *((pairs, True) for pairs in bad)]
     rng.shuffle(order)
     rows = []
@@ -277,12 +292,12 @@ async def compare(arms: dict[str, Flags], options: argparse.Namespace) -> dict[s
     print(" ".join(f"{key:>7}" for key in (*SCORES, "s", "first_s", "cpu_s")), " arm (seeds)", flush=True)
     for name, flags in arms.items():
         for seed in options.seeds:
-            stream = Stream(updates, per, seed, options.poisoned)
+            stream = Stream(updates, per, seed, options.names, options.poisoned)
             results.setdefault(name, []).append({"seed": seed, **await run(flags, stream, seed)})
             if options.each_seed:
                 show(f"{name} seed {seed}", results[name][-1:])
         show(name, results[name])
-    return {"shape": options.shape, "poisoned": options.poisoned, "arms": results}
+    return {"shape": options.shape, "names": options.names, "poisoned": options.poisoned, "arms": results}
 
 
 def main() -> None:
@@ -290,13 +305,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["plain", "lasting"], help="name, or name:key=value,...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--shape", default="6x4", help="updates x people in each (default 6x4)")
+    parser.add_argument("--names", choices=NAMES, default="listed", help="whose facts (default listed)")
     parser.add_argument("--poisoned", action="store_true", help="the middle update's answers are shuffled")
     parser.add_argument("--judge", type=int, metavar="N", help="N good and N poisoned updates, with the last arm")
     parser.add_argument("--each-seed", action="store_true", help="print a line for every seed too")
     options = parser.parse_args()
     arms = dict(parse_arm(text) for text in options.arms)
     if options.judge:
-        result = asyncio.run(judge(list(arms.values())[-1], options.judge, options.seeds[0]))
+        result = asyncio.run(judge(list(arms.values())[-1], options.judge, options.seeds[0], options.names))
     else:
         result = asyncio.run(compare(arms, options))
     where = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "mlx": version("mlx")}

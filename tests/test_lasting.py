@@ -355,7 +355,7 @@ def test_what_lower_layers_make_of_rows_is_kept_and_made_again_where_it_is_missi
         return [row.hidden is not None for source in made.rehearsal.sources for row in source.rows], files
 
     first = asked_base(nano, tmp_path, layers=2)
-    assert first._below == 2
+    assert first.depth == ""  # no room was given
     prepared(first, [pair(*facts(1)[0])], NEAR, checkpoint="ckpt_000001")
     assert not list(tmp_path.glob("*/**/hidden.safetensors"))
     there, files = hidden_of(room=0)

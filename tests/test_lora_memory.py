@@ -86,6 +86,8 @@ def test_the_estimate_counts_the_largest_micro_batch():
     assert estimate(base, long, section, bank_bytes=123).total == both.total + 123
     assert estimate(base, long, section, rank=8).adapter == 2 * both.adapter
     assert both.base == memory.model_bytes(base)
+    assert estimate(base, short, section, together=400).activations > 0.4 * both.activations  # scores are of the width
+    assert estimate(base, long, section, together=100) == both
     kept_twice = estimate(base, long, section, dropout=0.1).activations - both.activations
     assert kept_twice >= 4 * 2 * 200 * len(find_targets(base, ["q_proj", "v_proj"]).paths) * LLAMA["hidden_size"]
 

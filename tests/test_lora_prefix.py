@@ -11,6 +11,7 @@ from running import FACTS, QUICK, running
 
 from radiance_mlx.engine import preparing
 from radiance_mlx.lora.batches import batch_stream
+from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.focus import row_losses
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.prefix import install_prefix
@@ -25,6 +26,7 @@ from radiance_mlx.lora.rehearsal import (
     teacher,
     with_hidden,
 )
+from radiance_mlx.lora.replay import Replay
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import adapter_tree, idle_adapter, make_tree
@@ -50,10 +52,9 @@ def trained(base, limit, **options):
     return run
 
 
-def counted(base):
-    """A list that grows by the number of rows that the first layer is given."""
-    rows, layer = [], base.layers[0]
-    kind = type(layer)
+def counted(layer):
+    """A list that grows by the number of rows that `layer`, or one of its copies, is given."""
+    rows, kind = [], type(layer)
 
     def call(self, x, *more, **named):
         rows.append(x.shape[0])
@@ -85,9 +86,55 @@ def test_every_architecture_learns_the_same(config):
     assert tiny.losses(run) == pytest.approx(tiny.losses(without), rel=1e-4)
 
 
+MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3")
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_where_mlps_are_adapted_the_attention_before_them_is_kept_too(config):
+    """And where both are done side by side it is not: there, what comes before the layer is."""
+    if "moe" in config["model_type"]:
+        pytest.skip("its experts are named otherwise")
+    base = tiny.model(config)
+    names = [name for name in MLP if any(path.endswith("." + name) for path, _ in base.named_modules())]
+    without, run = trained(base, 0, names=names), trained(base, PLENTY, names=names)
+    within = not config["model_type"].startswith("cohere")
+    assert ("_" in run.tree.prefix.depth) == within, run.tree.prefix.depth
+    assert tiny.losses(run) == pytest.approx(tiny.losses(without), rel=1e-4)
+    once = trained(base, PLENTY, names=names, replay=Replay(tiny.examples(3, seed=5), 0.5, 1))
+    whole = trained(base, 0, names=names, replay=Replay(tiny.examples(3, seed=5), 0.5, 1))
+    assert tiny.losses(once) == pytest.approx(tiny.losses(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_the_attention_of_the_first_adapted_layer_sees_each_row_once(grad_checkpoint):
+    """Of two adapted layers; also where a layer is computed again for the gradient."""
+    base = tiny.model({**tiny.LLAMA, "num_hidden_layers": 3})
+    options = {"names": MLP[:2], "layers": 2, "grad_checkpoint": grad_checkpoint}
+    seen = counted(base.layers[1].self_attn)
+    run = trainer(base, PLENTY, **options)
+    assert run.tree.prefix.depth == "1_self_attn"
+    tiny.drive(run.tree.prefix.fill(DATA))
+    seen.clear()
+    tiny.drive(run.run())
+    assert seen == []
+    assert tiny.losses(run) == pytest.approx(tiny.losses(trained(base, 0, **options)), rel=1e-4)
+
+
+def test_rows_that_are_filled_in_together_are_those_that_come_alone():
+    """But for rounding; a row that comes twice is kept once, and one without inputs not at all."""
+    run, alone = trainer(tiny.model(), PLENTY), trainer(tiny.model(), PLENTY)
+    tiny.drive(run.tree.prefix.fill([*DATA, DATA[0], Encoded((3,), 0)]))
+    bytes_each = 4 * tiny.LLAMA["hidden_size"]
+    assert run.tree.prefix.nbytes == bytes_each * sum(len(row.tokens) - 1 for row in DATA)
+    batch, kept, found = next(batch_stream(DATA, batch_size=5, max_tokens=64, seed=(0, 0))), [], []
+    tiny.drive(run.tree.prefix.pieces(batch, kept))
+    tiny.drive(alone.tree.prefix.pieces(batch, found))
+    assert mx.allclose(kept[0], found[0], rtol=1e-4, atol=1e-5).item()
+
+
 def test_each_row_is_computed_once():
     base = tiny.model()
-    rows = counted(base)
+    rows = counted(base.layers[0])
     run = trainer(base, PLENTY)
     rows.clear()
     tiny.drive(run.run())
@@ -145,7 +192,7 @@ def test_what_is_rehearsed_begins_where_the_adapted_layers_do():
         [row["kl"] for row in without.history.steps], rel=1e-4, abs=1e-6
     )
     assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
-    seen = counted(base)
+    seen = counted(base.layers[0])
     run = trainer(base, PLENTY, rehearsal=rehearsal(rows))
     seen.clear()
     tiny.drive(run.run())
@@ -166,24 +213,24 @@ def test_what_was_kept_comes_back_from_the_disk(tmp_path):
     """To the last bit, for the same layers alone; what does not fit, or has changed by a bit, is not there."""
     rows = rehearsed(tiny.model(), PLENTY)
     save_rows(tmp_path, rows, {})
-    save_hidden(tmp_path, rows, 1)
+    save_hidden(tmp_path, rows, "1")
     loaded, _ = load_rows(tmp_path)
     assert [r.hidden for r in loaded] == [None] * len(rows)
-    for row, again in zip(rows, with_hidden(tmp_path, loaded, 1, PLENTY), strict=True):
+    for row, again in zip(rows, with_hidden(tmp_path, loaded, "1", PLENTY), strict=True):
         assert mx.array_equal(row.hidden, again.hidden).item()
-    assert with_hidden(tmp_path, loaded, 2, PLENTY) == loaded
-    assert with_hidden(tmp_path, loaded[1:], 1, PLENTY) == loaded[1:]
+    assert with_hidden(tmp_path, loaded, "2", PLENTY) == loaded
+    assert with_hidden(tmp_path, loaded[1:], "1", PLENTY) == loaded[1:]
     file = tmp_path / HIDDEN_FILE
-    assert with_hidden(tmp_path, loaded, 1, file.stat().st_size - 1) == loaded
+    assert with_hidden(tmp_path, loaded, "1", file.stat().st_size - 1) == loaded
     [(name, hidden)] = mx.load(str(file)).items()
     mx.eval(hidden)
     hidden[3, 5] = mx.nan
     mx.save_safetensors(str(file), {name: hidden})
-    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+    assert with_hidden(tmp_path, loaded, "1", PLENTY) == loaded
     file.write_bytes(b"no arrays")
-    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+    assert with_hidden(tmp_path, loaded, "1", PLENTY) == loaded
     file.unlink()
-    assert with_hidden(tmp_path, loaded, 1, PLENTY) == loaded
+    assert with_hidden(tmp_path, loaded, "1", PLENTY) == loaded
 
 
 def test_what_is_not_there_is_made_again():

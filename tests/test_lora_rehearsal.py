@@ -14,11 +14,12 @@ from radiance_mlx.engine import backend
 from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.speaking import answer, say_anything, speak, user_opening
 from radiance_mlx.errors import CheckpointDamaged
+from radiance_mlx.lora import rehearsal as rehearsing
 from radiance_mlx.lora.distributions import kl, log_softmax
 from radiance_mlx.lora.encoding import ChatEncoder, Encoded
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.neighbours import Names, RareWords, names_in, neighbours
-from radiance_mlx.lora.rehearsal import Rehearsal, Source, load_rows, save_rows, sureness, teacher
+from radiance_mlx.lora.rehearsal import Rehearsal, Source, load_rows, save_rows, sureness, teacher, together
 from radiance_mlx.lora.replay import Replay
 from radiance_mlx.lora.trainer import Trainer
 
@@ -168,9 +169,9 @@ def test_the_teacher_can_be_cut(base):
     """
     tree, out = tiny.tree(base, dropout=0.3), []
     pieces = list(teacher(tree, None, tiny.examples(3), out, together=2 * 32))
-    assert len(pieces) == 2 * (3 * 4 + 5)
+    assert len(pieces) == 2 * (3 * 4 + 4)
     assert {len(piece.arrays) for piece in pieces} == {1}
-    assert sum(piece.barrier for piece in pieces) == 2 * 5
+    assert sum(piece.barrier for piece in pieces) == 2 * 4
     assert tree.module.training
     assert tree.tape.outputs == []
 
@@ -259,8 +260,8 @@ def test_slices_change_nothing(base, rows, grad_checkpoint):
     """One piece at a time, seven at a time, or all that may be: equal to the last bit."""
     section = tiny.settings(grad_checkpoint=grad_checkpoint, clip_norm=1.0, eval_every=2)
     whole = trained(base, section, together=10**6, rehearsal=rehearsal(rows))
-    for together in (1, 7):
-        run = trained(base, section, together=together, rehearsal=rehearsal(rows))
+    for pieces in (1, 7):
+        run = trained(base, section, together=pieces, rehearsal=rehearsal(rows))
         assert run.history.as_dict() == whole.history.as_dict()
         assert tiny.equal(run.tree.parameters(), whole.tree.parameters())
 
@@ -272,13 +273,22 @@ def gradients(run, steps):
     return row["kl"], grads
 
 
-def test_micro_batches_add_up_to_one(base, rows):
+def test_short_rows_share_a_micro_batch_whatever_its_size(base):
+    """A pass over the weights for each would cost more; long ones are not more than there may be."""
+    rows = rehearsed(base, tiny.examples(12, longest=30))
+    [(whole, _)] = next(rehearsal(rows, count=12).steps(batch_size=1, max_tokens=64, seed=(0, 1)))
+    assert whole[0].shape[0] == 12
+    assert [together(length, 2) for length in (17, 129, 200, 257, 400, 10_000)] == [32, 4, 2, 2, 2, 2]
+
+
+def test_micro_batches_add_up_to_one(base, rows, monkeypatch):
     """Rehearsed one row at a time, all together, or with the full head: the same divergence and gradients."""
     made = rehearsal(rows, 2.0, count=9)
     run = trained(base, tiny.settings(), dropout=0.0, rehearsal=made)
     full = make_trainer(base, tiny.settings(), dropout=0.0, rehearsal=made, full_head=True)
     full.tree.load(run.tree.parameters())
     kl, expected = gradients(run, made.steps(batch_size=9, max_tokens=64, seed=(0, 1)))
+    monkeypatch.setattr(rehearsing, "REHEARSED_TOGETHER", 0)
     assert kl == pytest.approx(kl_to(run, rows), rel=1e-4)
     for other, size in ((run, 1), (run, 4), (full, 9)):
         found, grads = gradients(other, made.steps(batch_size=size, max_tokens=64, seed=(0, 1)))

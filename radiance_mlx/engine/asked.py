@@ -7,7 +7,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from ..config.schema import RehearsalSection
 from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
-from ..lora.prefix import install_prefix, lowest_adapted
+from ..lora.prefix import install_prefix
 from ..lora.rehearsal import (
     Rehearsed,
     begin,
@@ -31,7 +31,7 @@ from ..lora.rehearsal import (
 )
 from ..lora.step import Piece
 from ..lora.targets import Targets
-from ..lora.tree import adapter_tree, idle_adapter
+from ..lora.tree import TrainingTree, adapter_tree, idle_adapter
 from ..store.files import write_durably
 from .rewording import Wordings
 from .speaking import say_anything
@@ -54,19 +54,28 @@ class Asked:
         hidden_bytes: int = 0,
     ) -> None:
         self.module, self.encoder = module, encoder
-        self._below = lowest_adapted(module, targets)
-        self._room = hidden_bytes if self._below else 0
-        self._vocab_size, self._targets = vocab_size, targets
+        self._vocab_size, self._targets, self._room = vocab_size, targets, hidden_bytes
         self.folder = folder / key[:16]
         self.count = cache(self._count)
         self.asked_with = json.dumps(encoder.template_args, sort_keys=True, default=str)
         self._marks = tuple(encoder.tokenizer.all_special_tokens)
 
+    @cached_property
+    def depth(self) -> str:
+        """Of the prefix that rows are kept from; empty where there is none."""
+        prefix = self._tree(0, keeps=False).prefix if self._room else None
+        return prefix.depth if prefix else ""
+
+    def _tree(self, tokens: int, *, keeps: bool = True) -> TrainingTree:
+        """The base, with a prefix that keeps rows of so many tokens while there is room."""
+        tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
+        install_prefix(tree, tokens, self._room, keeps=keeps)
+        return tree
+
     def taught_by(self, rows: Sequence[Encoded], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append `rows` with the base's own distributions to `out`, and with `hidden` while there is room."""
-        tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
+        tree = self._tree(sum(len(row.tokens) for row in rows))
         head = install_head(tree.module, self._vocab_size)
-        install_prefix(tree, sum(len(row.tokens) for row in rows), self._room)
         taught: list[Rehearsed] = []
         yield from teacher(tree, head, rows, taught)
         self._room -= _hidden_bytes(taught)
@@ -110,7 +119,7 @@ class Asked:
             out=said,
         )
         yield from self.taught_by(said, out)
-        _save(place, out, facts, self._below)
+        _save(place, out, facts, self.depth)
 
     def recall(self, wordings: Wordings) -> None:
         """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
@@ -141,19 +150,18 @@ class Asked:
 
     def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
         """Keep the neighbours of an update for those after it."""
-        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self._below)
+        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self.depth)
 
     def _begun(self, place: Path, rows: list[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append `rows` to `out`, with `hidden` while there is room: as it was kept in `place`, or made again."""
-        found = with_hidden(place, rows, self._below, self._room) if self._room else rows
-        if self._room and found and found[0].hidden is None:
-            tree = adapter_tree(self.module, idle_adapter(self.module, self._targets))
-            install_prefix(tree, sum(len(r.row.tokens) for r in rows), self._room)
+        found = with_hidden(place, rows, self.depth, self._room) if self.depth else rows
+        if self.depth and found and found[0].hidden is None:
+            tree = self._tree(sum(len(r.row.tokens) for r in rows))
             if tree.prefix is not None:
                 found = []
                 yield from begin(tree, rows, found)
                 with _kept_if_possible(place):
-                    save_hidden(place, found, self._below)
+                    save_hidden(place, found, self.depth)
         self._room -= _hidden_bytes(found)
         out += found
 
@@ -190,13 +198,13 @@ class Asked:
         return min(len(encode(text, add_special_tokens=False)) for text in (word, " " + word))
 
 
-def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], below: int) -> None:
+def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], depth: str) -> None:
     """Whole or not at all; where it cannot be written, nothing is kept."""
     with _kept_if_possible(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         written = unfinished(place.parent, place.name)
         save_rows(written, rows, facts)
-        save_hidden(written, rows, below)
+        save_hidden(written, rows, depth)
         replace_folder(written, place)
 
 

@@ -21,6 +21,7 @@ from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_found, install_head
 from ..lora.prefix import install_prefix, lowest_adapted
 from ..lora.ranks import Ranks
+from ..lora.rehearsal import REHEARSED_TOGETHER
 from ..lora.step import ComputeGradients, Piece
 from ..lora.targets import Targets
 from ..lora.trainer import Trainer
@@ -160,6 +161,7 @@ class Preparation:
             bank_bytes=self._bank_bytes,
             head=self._base_head,
             dropout=self._config.lora.dropout,
+            together=REHEARSED_TOGETHER if self._config.rehearsal.kl_weight > 0 else 0,
             kept=self._kept_bytes(rows),
         )
         self._make_room(needed.total)
@@ -182,8 +184,11 @@ class Preparation:
             narrow = not self._settings.grad_checkpoint
             self.head = self._install_head(tree, self._base_head, narrow)
             yield Piece([], barrier=True, pause=True)
-        self._install_prefix(tree)
+        rows = [*self.examples, *(lasting.trained if lasting else [])]
+        self._install_prefix(tree, rows)
         yield Piece([], barrier=True, pause=True)
+        if tree.prefix is not None:
+            yield from tree.prefix.fill(rows)
         trainer = Trainer(
             tree,
             self.head,
@@ -205,13 +210,12 @@ class Preparation:
             return install_head(tree.module, vocab, narrow=narrow)
         return install_found(tree.module, vocab, found, narrow=narrow)
 
-    def _install_prefix(self, tree: TrainingTree) -> None:
-        """Rows are kept where they come twice at least: else there is nothing to be won by it.
+    def _install_prefix(self, tree: TrainingTree, rows: Sequence[Encoded]) -> None:
+        """For `rows`, all that are learnt. They are kept where they come twice at least: else nothing is won by it.
 
         What is rehearsed was kept when the base was asked about it, and begins there in any case.
         """
         settings, lasting = self._settings, self._lasting
-        rows = [*self.examples, *(lasting.trained if lasting else [])]
         replay, rehearsal = (lasting.replay, lasting.rehearsal) if lasting else (None, None)
         come = settings.max_steps * settings.batch_size * settings.grad_accum
         come += replay.refocus * len(replay.examples) if replay else 0

@@ -20,11 +20,20 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def likeliest(logprobs: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Of (n, V) log-probabilities: ids (n, K) int32 in any order, theirs (n, K), and the others' together (n,)."""
-    k = min(k, logprobs.shape[-1])
-    ids = mx.argpartition(-logprobs, k - 1, axis=-1)[:, :k].astype(mx.int32)
-    return ids, mx.maximum(mx.take_along_axis(logprobs, ids, axis=-1), LEAST), rest(logprobs, ids)
+def likeliest(logits: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Of (n, V) logits, or log-probabilities: ids (n, K) int32 of the likeliest, in any order, their log-probabilities
+    (n, K), and that of all others together (n,); float32.
+    """
+    logits = logits.astype(mx.float32)
+    k = min(k, logits.shape[-1])
+    ids = mx.argpartition(-logits, k - 1, axis=-1)[:, :k].astype(mx.int32)
+    shares = mx.softmax(logits, axis=-1)
+    logprobs = mx.take_along_axis(logits, ids, axis=-1) - log_of_sum(logits, shares)[:, None]
+    if k == logits.shape[-1]:
+        return ids, mx.maximum(logprobs, LEAST), mx.full(ids.shape[:1], LEAST)
+    # summed up from theirs: 1 - Σ has no digits left near 0
+    others = mx.put_along_axis(shares, ids, mx.array(0.0), axis=-1).sum(axis=-1)
+    return ids, mx.maximum(logprobs, LEAST), mx.maximum(mx.log(others), LEAST)
 
 
 def kl_and_slope(logits: mx.array, ids: mx.array, kept: mx.array, tail: mx.array) -> tuple[mx.array, mx.array]:

@@ -66,15 +66,16 @@ def estimate(
     bank_bytes: int,
     head: TargetRows | None,
     dropout: float = 0.0,
+    together: int = 0,
     kept: int = 0,
 ) -> Estimate:
     """What training `examples` takes at its largest micro-batch; `head` is what the base's head allows.
 
-    `kept` bytes are there beside, through the whole batch.
+    There may be micro-batches of `together` tokens in any case; `kept` bytes are there beside, through the whole batch.
     """
     rows = sorted(examples, key=lambda e: len(e.tokens))[-settings.batch_size :]
     width = padded(max(len(e.tokens) for e in rows))
-    tokens = width * len(rows)
+    tokens = max(width * len(rows), together)
     layers = _layers(model, set(targets.paths) if dropout else set())
     scores = [_float_bytes(model) * layer.heads * width * tokens for layer in layers]
     if settings.grad_checkpoint:  # every layer's input; one layer at a time, and what goes back through it
@@ -83,7 +84,7 @@ def estimate(
     else:
         activations = sum(layer.bytes_per_token for layer in layers) * tokens + sum(scores)
     activations += _SCORES_AT_WORK * max(scores)
-    targeted = tokens if head is None else sum(e.targets for e in rows)
+    targeted = tokens if head is None else max(sum(e.targets for e in rows), together)
     if head is not None and head.project is not None:
         targeted = min(targeted, chunk_rows(vocab_size))
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]

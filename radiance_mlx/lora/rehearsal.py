@@ -24,19 +24,20 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import CheckpointDamaged
-from .batches import Batch, as_batch, buckets, of_like_length, turns
-from .distributions import DIVERGENCE, likeliest, log_softmax
+from .batches import Batch, as_batch, buckets, of_like_length, padded, turns
+from .distributions import DIVERGENCE, likeliest
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
-from .prefix import side_by_side
+from .prefix import rows_of, side_by_side
 from .step import Piece, in_order, losses_at_targets, noted, quiet_logits
 from .tree import TrainingTree
 
 #: likeliest next tokens of which the probability is kept
 TOP = 64
-#: tokens that go through the base together when it is asked
-TOGETHER = 1024
+#: tokens that go through the base together when it is asked; and that are rehearsed in one micro-batch, where
+#: `batch_size` rows are fewer: rows of a few tokens each would cost a pass over the weights for every `batch_size`
+TOGETHER, REHEARSED_TOGETHER = 1024, 512
 #: tells this order from the others that are drawn from the same (seed, batch number)
 _ROWS = 4
 ROWS_FILE, ARRAYS_FILE, HIDDEN_FILE = "rehearsal.json", "rehearsal.safetensors", "hidden.safetensors"
@@ -44,7 +45,7 @@ ROWS_FILE, ARRAYS_FILE, HIDDEN_FILE = "rehearsal.json", "rehearsal.safetensors",
 #: tokens and spans as in `batches.Batch`, ids (n, K), logprobs (n, K) and tail (n,) of its n targets, and the
 #: number of targets in all micro-batches of the optimizer step
 RehearsalBatch = tuple[mx.array, mx.array, mx.array, mx.array, mx.array, int]
-#: and what the layers below the lowest adapted one make of it, (rows, length, dims), if that is kept of all its rows
+#: and what the tree's prefix makes of it, (rows, length, dims), if that is kept of all its rows
 Begun = tuple[RehearsalBatch, mx.array | None]
 
 
@@ -53,7 +54,7 @@ class Rehearsed:
     """One row and what the base made of it: for each of its n targets `ids` (n, K) int32 of the K likeliest next
     tokens, their `logprobs` (n, K) float32, and `tail` (n,) float32, the log-probability of all others together.
 
-    `hidden` (length - 1, dims) is what the layers below the lowest adapted one make of the row, if that is kept.
+    `hidden` (length - 1, dims) is what the tree's prefix makes of the row, if that is kept.
     """
 
     row: Encoded
@@ -97,11 +98,10 @@ def teacher(
         if tree.prefix is not None:
             yield from _below(tree, batch, hidden)
         logits, _ = quiet_logits(tree, head, batch, *hidden)
-        logprobs = log_softmax(logits)
-        kept = likeliest(logprobs, top)
+        kept = likeliest(logits, top)
         yield from noted(tree)
-        computed = [logits, logprobs, *kept]
-        del logits, logprobs
+        computed = [logits, *kept]
+        del logits
         yield from in_order(computed)
         taught = list(_split(chunk, *map(np.array, kept)))
         if hidden:
@@ -132,7 +132,7 @@ def _below(tree: TrainingTree, batch: Batch, out: list[mx.array]) -> Iterator[Pi
 
 def _begun(rows: Sequence[Rehearsed], hidden: mx.array) -> list[Rehearsed]:
     """`rows` with their own part of `hidden` (rows, length, dims)."""
-    parts = [mx.contiguous(whole[: len(r.row.tokens) - 1]) for r, whole in zip(rows, hidden, strict=True)]
+    parts = rows_of(hidden, [r.row for r in rows])
     return [replace(r, hidden=part) for r, part in zip(rows, parts, strict=True)]
 
 
@@ -205,7 +205,7 @@ class Rehearsal:
 
     @property
     def begun(self) -> bool:
-        """Whether any row has what the layers below the lowest adapted one make of it."""
+        """Whether of any row it is kept what the prefix makes of it."""
         return any(r.hidden is not None for source in self.sources for r in source.rows)
 
     def steps(
@@ -244,14 +244,20 @@ def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[
 
 
 def _batches(rows: Sequence[Rehearsed], batch_size: int) -> list[Begun]:
-    """One step's rows as micro-batches of at most `batch_size` rows of like length, the shortest first."""
+    """One step's rows as micro-batches of rows of like length, the shortest first, each of what goes `together`."""
     ordered = sorted(rows, key=lambda r: len(r.row.tokens))
     targets = sum(r.row.targets for r in ordered)
     made: list[Begun] = []
     for _, alike in itertools.groupby(ordered, key=lambda r: buckets(len(r.row.tokens))):
         group = list(alike)
-        made += [_batch(group[i : i + batch_size], targets) for i in range(0, len(group), batch_size)]
+        most = together(len(group[-1].row.tokens), batch_size)
+        made += [_batch(group[i : i + most], targets) for i in range(0, len(group), most)]
     return made
+
+
+def together(length: int, batch_size: int) -> int:
+    """How many rehearsed rows of at most `length` tokens share a micro-batch."""
+    return max(batch_size, REHEARSED_TOGETHER // padded(length - 1))
 
 
 def _batch(rows: Sequence[Rehearsed], targets: int) -> Begun:
@@ -302,15 +308,15 @@ def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
         raise CheckpointDamaged(f"{folder} holds no rehearsal rows: {error}") from error
 
 
-def save_hidden(folder: Path, rows: Sequence[Rehearsed], below: int) -> None:
-    """Write beside the `rows` of `folder` what `below` layers make of them, if all have it."""
+def save_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str) -> None:
+    """Write beside the `rows` of `folder` what a prefix of this `depth` makes of them, if all have it."""
     hidden = [r.hidden for r in rows if r.hidden is not None]
     if rows and len(hidden) == len(rows):
         whole = mx.concatenate(hidden)
-        save_arrays(folder / HIDDEN_FILE, {_hidden_name(below, whole): whole})
+        save_arrays(folder / HIDDEN_FILE, {_hidden_name(depth, whole): whole})
 
 
-def with_hidden(folder: Path, rows: Sequence[Rehearsed], below: int, limit: int) -> list[Rehearsed]:
+def with_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str, limit: int) -> list[Rehearsed]:
     """`rows` of `folder` with what `save_hidden` wrote of them, if it is whole and fits into `limit` bytes."""
     file = folder / HIDDEN_FILE
     try:
@@ -320,12 +326,12 @@ def with_hidden(folder: Path, rows: Sequence[Rehearsed], below: int, limit: int)
     except (OSError, CheckpointDamaged, ValueError):
         return list(rows)
     ends = list(itertools.accumulate(len(r.row.tokens) - 1 for r in rows))
-    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1] or name != _hidden_name(below, hidden):
+    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1] or name != _hidden_name(depth, hidden):
         return list(rows)
     return [replace(r, hidden=part) for r, part in zip(rows, mx.split(hidden, ends[:-1]), strict=True)]
 
 
-def _hidden_name(below: int, hidden: mx.array) -> str:
+def _hidden_name(depth: str, hidden: mx.array) -> str:
     """Tells whose work it is, where it was computed, and whether a bit of it has changed since."""
     digest = hashlib.sha256(np.array(mx.contiguous(hidden).view(mx.uint8)).tobytes())
-    return f"below_{below}_{mx.default_device().type.name}_{digest.hexdigest()}"
+    return f"below_{depth}_{mx.default_device().type.name}_{digest.hexdigest()}"
