@@ -175,8 +175,8 @@ def rehearsed(base, limit):
     return out
 
 
-def rehearsal(rows):
-    return Rehearsal([Source(rows)], kl_weight=2.0, rows=3)
+def rehearsal(rows, **options):
+    return Rehearsal([Source(rows)], kl_weight=2.0, rows=3, **options)
 
 
 def test_what_is_rehearsed_begins_where_the_adapted_layers_do():
@@ -192,6 +192,9 @@ def test_what_is_rehearsed_begins_where_the_adapted_layers_do():
         [row["kl"] for row in without.history.steps], rel=1e-4, abs=1e-6
     )
     assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
+    some = [trained(base, PLENTY, rehearsal=rehearsal(which, row_targets=3)) for which in (whole, rows)]
+    assert tiny.furthest(some[0].tree.parameters(), some[1].tree.parameters()) < 1e-4
+    assert tiny.furthest(some[0].tree.parameters(), run.tree.parameters()) > 1e-3
     seen = counted(base.layers[0])
     run = trainer(base, PLENTY, rehearsal=rehearsal(rows))
     seen.clear()

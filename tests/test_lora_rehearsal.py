@@ -15,6 +15,7 @@ from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.speaking import answer, say_anything, speak, user_opening
 from radiance_mlx.errors import CheckpointDamaged
 from radiance_mlx.lora import rehearsal as rehearsing
+from radiance_mlx.lora.batches import target_positions
 from radiance_mlx.lora.distributions import kl, log_softmax
 from radiance_mlx.lora.encoding import ChatEncoder, Encoded
 from radiance_mlx.lora.head import install_head
@@ -224,6 +225,33 @@ def test_sources_come_by_their_shares(rows):
     steps = Rehearsal(sources, kl_weight=1.0, rows=4).steps(batch_size=8, max_tokens=64, seed=(0, 1))
     first = {tuple(r.row.tokens[:2]) for r in rows[:4]}
     assert sorted(sum(row in first for row in step) for step in drawn(steps, 40)) == [0] * 10 + [4] * 30
+
+
+def test_of_each_row_a_stretch_comes_at_a_time(base, rows):
+    """All of its targets by and by, with what the base said to them; in the same order whenever it begins."""
+    made = Rehearsal([Source(rows)], kl_weight=1.0, rows=3, row_targets=2)
+    options = {"batch_size": 2, "max_tokens": 64, "seed": (0, 1)}
+    seen = set()
+    for step in itertools.islice(made.steps(**options), 400):
+        for (tokens, spans, ids, logprobs, tail, of), _ in step:
+            positions, targets = target_positions((tokens, spans))
+            assert of == sum(len(batch[4]) for batch, _ in step) <= 6
+            starts = np.array(tokens)[positions // (tokens.shape[1] - 1), :2]
+            for start, place, target, *said in zip(
+                starts.tolist(), positions, targets, ids, logprobs, tail, strict=True
+            ):
+                [row] = [r for r in rows if list(r.row.tokens[:2]) == start]
+                at = int(place) % (tokens.shape[1] - 1) + 1
+                assert row.row.tokens[at] == target
+                number = at - (len(row.row.tokens) - row.row.targets)
+                assert all(
+                    np.array_equal(a, b[number]) for a, b in zip(said, (row.ids, row.logprobs, row.tail), strict=True)
+                )
+                seen.add((*start, at))
+    assert len(seen) == sum(r.row.targets for r in rows)
+    later = itertools.islice(made.steps(start=7, **options), 5)
+    for one, other in zip(later, itertools.islice(made.steps(**options), 7, 12), strict=True):
+        assert [a[0].tolist() for a, _ in one] == [b[0].tolist() for b, _ in other]
 
 
 def test_rows_of_another_length_do_not_widen_a_micro_batch(base):

@@ -182,6 +182,7 @@ class RehearsalSection(Section):
     kl_weight: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     sources: list[Literal["self", "neighbours", "anchors"]] = ["self", "neighbours"]
     rows: Annotated[int, Field(ge=1, le=4096)] = 8
+    row_targets: Annotated[int, Field(ge=1, le=4096)] | None = None
     samples: Annotated[int, Field(ge=1, le=100_000)] = 400
     sample_tokens: Annotated[int, Field(ge=8, le=4096)] = 64
     sample_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -183,7 +183,10 @@ class Lasting:
             yield from base.taught_by(anchors, rows)
             sources["anchors"] = Source(rows, 1.0)
         self.notes += [f"nothing to rehearse of rehearsal.sources: {n}" for n, s in sources.items() if not s.rows]
-        self.rehearsal = Rehearsal(list(sources.values()), kl_weight=self._settings.kl_weight, rows=self._settings.rows)
+        settings, rows_of = self._settings, list(sources.values())
+        self.rehearsal = Rehearsal(
+            rows_of, kl_weight=settings.kl_weight, rows=settings.rows, row_targets=settings.row_targets
+        )
 
     def _neighbours(self, lesson: Lesson, own: Sequence[Rehearsed], names: Names) -> Iterator[Piece]:
         """Those of earlier updates, and those of this one, which are kept; forget updates that did not lead here.

@@ -38,8 +38,8 @@ TOP = 64
 #: tokens that go through the base together when it is asked; and that are rehearsed in one micro-batch, where
 #: `batch_size` rows are fewer: rows of a few tokens each would cost a pass over the weights for every `batch_size`
 TOGETHER, REHEARSED_TOGETHER = 1024, 512
-#: tells this order from the others that are drawn from the same (seed, batch number)
-_ROWS = 4
+#: tell this order, and which part of a row comes, from what else is drawn from the same (seed, batch number)
+_ROWS, _PARTS = 4, 5
 ROWS_FILE, ARRAYS_FILE, HIDDEN_FILE = "rehearsal.json", "rehearsal.safetensors", "hidden.safetensors"
 
 #: tokens and spans as in `batches.Batch`, ids (n, K), logprobs (n, K) and tail (n,) of its n targets, and the
@@ -62,6 +62,17 @@ class Rehearsed:
     logprobs: np.ndarray
     tail: np.ndarray
     hidden: mx.array | None = None
+
+    def part(self, number: int, of: int) -> "Rehearsed":
+        """Of `of` consecutive parts of its targets, as long as each other, the one of this number, and what is before.
+
+        What comes after a target has no part in its distribution.
+        """
+        count, before = self.row.targets, len(self.row.tokens) - self.row.targets
+        start, end = count * number // of, count * (number + 1) // of
+        row = Encoded(self.row.tokens[: before + end], before + start)
+        hidden = None if self.hidden is None else self.hidden[: len(row.tokens) - 1]
+        return Rehearsed(row, self.ids[start:end], self.logprobs[start:end], self.tail[start:end], hidden)
 
 
 @dataclass(frozen=True)
@@ -188,14 +199,17 @@ class RehearsalLoss:
 class Rehearsal:
     """What is rehearsed while one batch is learnt: `rows` rows of one source in each optimizer step, in `turns`.
 
-    Rows of two sources in one step are mostly of two widths, and cost two passes over the weights.
+    Rows of two sources in one step are mostly of two widths, and cost two passes over the weights. With `row_targets`
+    no more targets than that come of a row at a time: it is divided into parts, and each time another one is drawn.
     """
 
-    def __init__(self, sources: Sequence[Source], *, kl_weight: float, rows: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], *, kl_weight: float, rows: int, row_targets: int | None = None
+    ) -> None:
         if kl_weight < 0 or rows < 0 or any(source.share < 0 for source in sources):
             raise ValueError("kl_weight, rows and shares must not be negative")
         self.kl_weight = kl_weight
-        self.rows = rows
+        self.rows, self._row_targets = rows, row_targets
         self.sources = [s for s in sources if s.rows and s.share > 0]
 
     @property
@@ -227,7 +241,12 @@ class Rehearsal:
         for step, place in enumerate(turns([share for _, share in sources])):
             chosen = list(itertools.islice(orders[place], self.rows))
             if step >= start:
-                yield _batches([sources[place][0][i] for i in chosen], batch_size)
+                drawn = np.random.default_rng([*seed, _PARTS, step])
+                yield _batches([self._some_of(sources[place][0][i], drawn) for i in chosen], batch_size)
+
+    def _some_of(self, row: Rehearsed, drawn: np.random.Generator) -> Rehearsed:
+        parts = -(-row.row.targets // self._row_targets) if self._row_targets else 1
+        return row.part(int(drawn.integers(parts)), parts) if parts > 1 else row
 
 
 def _alike(lengths: Sequence[int], block: int, seed: Sequence[int]) -> Iterator[int]:
