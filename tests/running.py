@@ -23,7 +23,7 @@ from radiance_mlx.config import load_config
 from radiance_mlx.messages import FINAL_STATES, STABLE, Answer, Example, Generate, Sampling
 from radiance_mlx.models.nano import world
 from radiance_mlx.service import Service
-from radiance_mlx.store import CheckpointRecord, JobRecord
+from radiance_mlx.store import CheckpointRecord, JobRecord, Store
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parent.parent
@@ -230,6 +230,15 @@ def nothing_left(service: Running, checkpoint: str) -> bool:
     home = service.home
     places = [home / "adapters" / checkpoint, home / "state" / "training" / checkpoint]
     return not any(place.exists() for place in [*places, home / "metrics" / f"{checkpoint}.json"])
+
+
+def died_again(home: Path, times: int) -> None:
+    """As if so many more processes had taken up what trained in `home`, and had ended in it."""
+    store = Store(home)
+    for _ in range(times):
+        for checkpoint, jobs in store.interrupted():
+            store.retry_batch(checkpoint, [job.job_id for job in jobs])
+    store.close()
 
 
 @contextlib.contextmanager

@@ -208,11 +208,11 @@ sys.exit(main(sys.argv[1:]))
     first: Process = start(home=home, script=dies, **settings).ready()
     job_id = first.update(FACTS[0])
     assert first.exit_code() == -9
-    again: Process = start(home=home, **settings).ready()
-    job = again.wait(job_id, "rejected")
-    assert again.get("/info")["current_checkpoint"] == "base"
-    assert job["attempts"] == 1
-    assert job["error"]["code"] == "rejected"
+    with running(home, {**QUICK, **settings}) as again:
+        job = again.wait(job_id, "rejected")
+        assert again.current == "base"
+        assert job.attempts == 1
+        assert job.error["code"] == "rejected"
 
 
 def test_the_largest_strength_that_passes_is_published(home):

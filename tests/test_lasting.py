@@ -391,7 +391,7 @@ def test_neighbours_of_updates_that_did_not_lead_here_are_deleted(tmp_path, nano
     assert {path.name for path in (base.folder / "near").iterdir()} == {"ckpt_000001", "ckpt_000003"}
 
 
-def test_a_job_whose_replayed_rows_do_not_fit_is_refused(tmp_path):
+def test_a_job_whose_replayed_rows_do_not_fit_is_refused(tmp_path, unlimited):
     """Its own rows would; the estimate is of all that is trained, so it is refused before the first step."""
     long = Example(text="It was a dark night. " * 400)
     flags = {**SMALL, "training.max_seq_length": 2048, "replay.fraction": 0.5}

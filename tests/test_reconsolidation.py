@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from running import FACTS, QUICK, Gate, nothing_left, running, until
+from running import FACTS, QUICK, Gate, died_again, nothing_left, running, until
 
 from radiance_mlx.cli.render import job_view, jobs_table
 from radiance_mlx.curation import data_hash
@@ -416,13 +416,12 @@ def test_a_process_killed_in_the_middle_of_one_goes_on_from_the_last_saved_step(
     assert shown["progress"]["max_steps"] == 60
     until(lambda: list((first.home / "state" / "training").glob("A_*")))
     first.kill()
-    second = start(**long).ready()
-    done = second.wait(whole["job_id"])
-    assert done["attempts"] == 2
-    assert any("taken up again at step" in note for note in done["notes"])
-    listed = second.get("/checkpoints")
-    assert [c["reconsolidated"] for c in listed["checkpoints"]] == [False, True]
-    assert listed["current"] == done["checkpoint"]
+    with running(first.home, {**QUICK, **long}) as second:
+        done = second.wait(whole["job_id"], "published")
+        assert done.attempts == 2
+        assert any("taken up again at step" in note for note in done.notes)
+        assert [record.reconsolidated for record in second.checkpoints().values()] == [False, True]
+        assert second.current == done.checkpoint
 
 
 def test_one_that_ends_the_process_four_times_is_quarantined_and_not_begun_again(start):
@@ -430,15 +429,14 @@ def test_one_that_ends_the_process_four_times_is_quarantined_and_not_begun_again
     first = start(script=DIES_OF_IT, **AT_ONCE).ready()
     update = first.update(FACTS[0])
     assert first.exit_code() == 9
-    for _ in range(3):
-        assert start(script=DIES_OF_IT, **AT_ONCE).exit_code() == 9
-    last = start(**AT_ONCE).ready()
-    quarantined = last.wait("job_000002", "quarantined")
-    assert (quarantined["kind"], quarantined["attempts"]) == ("reconsolidation", 4)
-    assert last.wait(update)["checkpoint"] == last.get("/checkpoints")["current"]
-    assert last.wait(last.update(FACTS[1]))["job_id"] == "job_000003"
-    until(lambda: any(job["job_id"] == "job_000004" for job in last.get("/jobs")["jobs"]))
-    assert last.wait("job_000004")["kind"] == "reconsolidation"
+    died_again(first.home, 3)
+    with running(first.home, {**QUICK, **AT_ONCE}) as last:
+        quarantined = last.wait("job_000002", "quarantined")
+        assert (quarantined.kind, quarantined.attempts) == ("reconsolidation", 4)
+        assert last.wait(update, "published").checkpoint == last.current
+        assert last.wait(last.post(FACTS[1]), "published").job_id == "job_000003"
+        until(lambda: len(reconsolidations(last)) == 2)
+        assert rested(last).job_id == "job_000004"
 
 
 # --- how it looks ----------------------------------------------------------------------------------

@@ -425,17 +425,6 @@ def test_a_loss_that_explodes_fails_the_job_and_publishes_nothing(tmp_path):
         assert service.wait(service.post(FACTS[1]), "failed")  # the next one is tried all the same
 
 
-@pytest.fixture
-def unlimited():
-    """MLX's memory limit is the process's: put it back after a test that lowers it."""
-    import mlx.core as mx
-
-    before = mx.set_memory_limit(2**40)
-    mx.set_memory_limit(before)
-    yield
-    mx.set_memory_limit(before)
-
-
 def test_a_job_that_cannot_fit_fails_with_the_keys_to_change_and_its_company_is_published(tmp_path, unlimited):
     """The batch fails as a whole first; then each job is tried by itself."""
     too_long = ("Who? " * 150, "Nobody at all. " * 20)
