@@ -246,7 +246,7 @@ def test_the_largest_strength_that_passes_is_published(home):
 
 def test_going_on_after_an_interruption_keeps_what_the_loss_was_before(home):
     """The examples' loss before the update is that of the parent, not of the interrupted training."""
-    settings = {**LOCAL, "training.max_steps": 80}
+    settings = {**LOCAL, "training.max_steps": 40}
     with running(home, settings) as service:
         service.post(FACTS[0])
         service.wait_for_step(5)
@@ -263,7 +263,7 @@ def test_going_on_after_an_interruption_keeps_what_the_loss_was_before(home):
 
 def test_a_rollback_while_an_update_is_measured_trains_it_again_from_there(home):
     """Its parent is not served any more, so neither its figures nor its verdict would mean anything."""
-    with running(home, LOCAL, training__max_steps=30) as service:
+    with running(home, LOCAL, training__max_steps=12) as service:
         first = service.learn(FACTS[0])
         second = service.learn(FACTS[1])
         job_id = service.post(FACTS[2])

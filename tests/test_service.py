@@ -41,8 +41,9 @@ def answers(service, number, checkpoints, **options):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A service that was taught two facts, one after the other, with nano's own values."""
-    with running(tmp_path_factory.mktemp("taught"), {"update_mode": "immediate"}) as service:
+    """A service that was taught two facts, one after the other, with nano's own values and some of its anchors."""
+    flags = {"update_mode": "immediate", "evaluation.anchor_sample": 16}
+    with running(tmp_path_factory.mktemp("taught"), flags) as service:
         before = service.ask(question(0))
         first = service.learn(FACTS[0])
         between = service.ask(question(0))
