@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import faulthandler
+import gc
+import importlib
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,10 +79,22 @@ class LoopThread:
         self.loop.close()
 
 
+@cache
+def set_apart_what_is_loaded() -> None:
+    """As the server does once it has started: the collection after each batch then looks at the rest alone.
+
+    Libraries only, before there is any engine: what is set apart is never collected.
+    """
+    importlib.import_module("radiance_mlx.engine.core")
+    gc.collect()
+    gc.freeze()
+
+
 class Running:
     """A `Service` that has been started, and plain calls to it."""
 
     def __init__(self, home: Path, flags: Mapping[str, Any], clock: Callable[[], float] = time.time) -> None:
+        set_apart_what_is_loaded()
         self.home = home
         self.deaths: list[BaseException] = []
         self._thread = LoopThread()
