@@ -10,7 +10,6 @@ import pytest
 import tiny
 
 from radiance_mlx.errors import NonFinite, TrainingFailed
-from radiance_mlx.evaluation.plan import spread
 from radiance_mlx.lora import files, memory
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.head import install_head
@@ -367,10 +366,11 @@ def within_an_evaluation(section, progress):
 
 def well_spread(section, states):
     """About six: three of the first phase and one of its evaluations, two of the second phase if there is one."""
-    phases = [[state for state in states if (state[2]["second_from"] is None) == first] for first in (True, False)]
-    found = [phase[i] for phase, wanted in zip(phases, (3, 2), strict=True) for i in spread(len(phase), wanted)]
+    first = [state for state in states if state[2]["second_from"] is None]
+    second = [state for state in states if state[2]["second_from"] is not None]
     evaluations = [state for state in states if within_an_evaluation(section, state[2])]
-    return [*found, evaluations[len(evaluations) // 2]]
+    of_the_first = [first[0], first[len(first) // 2], first[-1]]
+    return [*of_the_first, evaluations[len(evaluations) // 2], *(second and [second[0], second[-1]])]
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["", "replay and rehearsal"])
