@@ -181,7 +181,6 @@ def test_a_job_that_was_taken_up_three_times_is_quarantined_and_its_company_is_p
     died_again(first.home, 2)  # taken up again: together, together,
     assert start(script=DIES_OF_THE_FIRST_JOB, **batched).exit_code() == 9  # and at last alone
     with running(first.home, {**QUICK, **batched, "batch.max_examples": 1}) as last:
-        assert not last.checkpoints()
         quarantined = last.wait(bad, "quarantined")
         assert "4 times" in quarantined.error["message"]
         assert job_body(quarantined, None)["checkpoint"] is None
