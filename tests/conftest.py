@@ -22,8 +22,12 @@ settings.load_profile("shared machine")
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_of_this_machine() -> Iterator[None]:
-    """`RADIANCE_…` variables of the machine are put away while the tests run."""
-    kept = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("RADIANCE_")}
+    """`RADIANCE_…` variables of the machine are put away while the tests run.
+
+    So is the one by which Python keeps no compiled files: every process that a test starts would compile all anew.
+    """
+    names = [name for name in os.environ if name.startswith("RADIANCE_") or name == "PYTHONDONTWRITEBYTECODE"]
+    kept = {name: os.environ.pop(name) for name in names}
     yield
     os.environ.update(kept)
 
@@ -39,3 +43,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             return process
 
         yield make
+
+
+@pytest.fixture
+def unlimited() -> Iterator[None]:
+    """MLX's memory limit is the process's: put back after a test that lowers it."""
+    import mlx.core as mx
+
+    before = mx.set_memory_limit(2**40)
+    mx.set_memory_limit(before)
+    yield
+    mx.set_memory_limit(before)

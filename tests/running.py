@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import faulthandler
+import gc
+import importlib
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +26,7 @@ from radiance_mlx.config import load_config
 from radiance_mlx.messages import FINAL_STATES, STABLE, Answer, Example, Generate, Sampling
 from radiance_mlx.models.nano import world
 from radiance_mlx.service import Service
-from radiance_mlx.store import CheckpointRecord, JobRecord
+from radiance_mlx.store import CheckpointRecord, JobRecord, Store
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parent.parent
@@ -76,10 +79,22 @@ class LoopThread:
         self.loop.close()
 
 
+@cache
+def set_apart_what_is_loaded() -> None:
+    """As the server does once it has started: the collection after each batch then looks at the rest alone.
+
+    Libraries only, before there is any engine: what is set apart is never collected.
+    """
+    importlib.import_module("radiance_mlx.engine.core")
+    gc.collect()
+    gc.freeze()
+
+
 class Running:
     """A `Service` that has been started, and plain calls to it."""
 
     def __init__(self, home: Path, flags: Mapping[str, Any], clock: Callable[[], float] = time.time) -> None:
+        set_apart_what_is_loaded()
         self.home = home
         self.deaths: list[BaseException] = []
         self._thread = LoopThread()
@@ -230,6 +245,15 @@ def nothing_left(service: Running, checkpoint: str) -> bool:
     home = service.home
     places = [home / "adapters" / checkpoint, home / "state" / "training" / checkpoint]
     return not any(place.exists() for place in [*places, home / "metrics" / f"{checkpoint}.json"])
+
+
+def died_again(home: Path, times: int) -> None:
+    """As if so many more processes had taken up what trained in `home`, and had ended in it."""
+    store = Store(home)
+    for _ in range(times):
+        for checkpoint, jobs in store.interrupted():
+            store.retry_batch(checkpoint, [job.job_id for job in jobs])
+    store.close()
 
 
 @contextlib.contextmanager

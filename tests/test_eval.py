@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import structlog
 from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
 
 from radiance_mlx import offline
@@ -48,18 +49,22 @@ def asked(taught):
             loop.close()
 
 
-def command(home, *arguments, environ=None):
-    """(exit code, stdout, stderr) of the command, in a process of its own; no service is found."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RADIANCE_")} | (environ or {})
-    done = subprocess.run(
-        [sys.executable, "-m", "radiance_mlx", "eval", "--home", str(home), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**clean, "RADIANCE_SERVER__PORT": "1", "RADIANCE_EVALUATION__ANCHOR_PROVIDER": "local"},
-        timeout=120,
-    )
-    return done.returncode, done.stdout, done.stderr
+#: no service is found, and a home's own anchors measure
+ALONE = {"RADIANCE_SERVER__PORT": "1", "RADIANCE_EVALUATION__ANCHOR_PROVIDER": "local"}
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """`command(home, *arguments)`: (exit code, stdout, stderr) of `eval`, run by `main` in this process."""
+
+    def run(home, *arguments):
+        code = main(["eval", "--home", str(home), *arguments])
+        return code, *capfd.readouterr()
+
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    yield run
+    structlog.reset_defaults()  # the command's log goes to the stderr of its time
 
 
 def ids(home):
@@ -184,10 +189,18 @@ def test_a_named_service_is_not_asked_about_files_of_this_machine(capsys):
 
 
 def test_without_a_service_the_same_is_measured_here(taught):
-    """`--json` has nothing but JSON on stdout; what is stable has that name here too."""
-    code, out, err = command(taught, "--checkpoint", "all", "--against", "stable", "--json")
-    assert code == 0, err
-    results = json.loads(out)["results"]
+    """In a process of its own: `--json` has nothing but JSON on stdout; what is stable has that name here too."""
+    start = [sys.executable, "-m", "radiance_mlx", "eval", "--home", str(taught)]
+    done = subprocess.run(
+        [*start, "--checkpoint", "all", "--against", "stable", "--json"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, **ALONE},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
     assert [(r["checkpoint"], r["against"]) for r in results] == [(name, ids(taught)[1]) for name in ids(taught)]
     for result in results:
         assert result["forgetting_kl"] == pytest.approx(
@@ -206,7 +219,7 @@ def test_stable_is_what_a_service_would_answer_from(taught, tmp_path):
         offline._subjects(taught, None, None, None, "another")
 
 
-def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, taught):
+def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, taught, command):
     """`hf` with a path; nothing has been forgotten."""
     news = str(taught.parent / "news.jsonl")
     code, out, err = command(tmp_path / "new", "--anchor-provider", "hf", "--anchor-dataset", news)
@@ -219,7 +232,7 @@ def test_a_fresh_home_measures_the_base_on_a_data_set_of_this_disk(tmp_path, tau
     assert abs(result["forgetting_kl"]) < 1e-5
 
 
-def test_any_adapter_that_mlx_lm_reads_can_be_measured(tmp_path, taught):
+def test_any_adapter_that_mlx_lm_reads_can_be_measured(tmp_path, taught, command):
     """By its folder, which is no checkpoint of this home."""
     first = ids(taught)[0]
     code, out, err = command(tmp_path, "--adapter-path", str(taught / "adapters" / first), "--json")
@@ -253,7 +266,7 @@ def test_any_adapter_that_mlx_lm_reads_can_be_measured(tmp_path, taught):
         (["--against", "A_2020-01-01_0009"], "no checkpoint"),
     ],
 )
-def test_wrong_arguments_are_one_clear_error(taught, arguments, says):
+def test_wrong_arguments_are_one_clear_error(taught, command, arguments, says):
     code, _, err = command(taught, *arguments)
     assert code in (1, 2)
     assert says in err

@@ -170,7 +170,7 @@ def test_files_that_cannot_be_read_leave_the_bank_to_answer():
     assert "damaged" in served.fused.why_not
 
 
-def test_an_update_that_needs_the_room_gets_it(tmp_path):
+def test_an_update_that_needs_the_room_gets_it(tmp_path, unlimited):
     """With room for training or for folded weights, but not for both, every update is published."""
     needed = 12 * 2**20
     limit = {"memory.limit_gb": 0.045, "serving.fuse": "always"}

@@ -65,7 +65,7 @@ def play(kind, model, arrivals, *, leaves=(), max_tokens=12, stop=(), **options)
     return said
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     ticks=st.lists(st.integers(0, 12), min_size=len(PROMPTS), max_size=len(PROMPTS)),
     room=st.integers(1, 6),
@@ -78,7 +78,7 @@ def test_whoever_comes_when_says_what_it_says_alone(model, expected, ticks, room
     assert [said[i] for i in range(len(PROMPTS))] == expected
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     leaves=st.lists(
         st.tuples(st.integers(0, 14), st.integers(0, len(PROMPTS) - 1)), max_size=3, unique_by=lambda x: x[1]

@@ -65,7 +65,8 @@ def test_rewordings_go_with_what_they_reword(tmp_path):
     flags = {
         **SMALL,
         "rehearsal.rewording": True,
-        "rehearsal.samples": 150,
+        "rehearsal.samples": 100,
+        "rehearsal.sample_tokens": 40,
         "training.eval_fraction": 0.1,
         "training.eval_holdout": True,
     }
@@ -114,13 +115,13 @@ def test_an_interrupted_first_phase_goes_on_bit_by_bit(tmp_path):
         "training.max_steps": 1000,
         "training.lr": 1e-3,
         "training.eval_every": 1,
-        "training.patience": 60,  # enough to be met in the middle
+        "training.patience": 30,  # enough to be met in the middle
         "training.eval_holdout": True,
     }
     with running(tmp_path / "whole", flags) as service:
         job = service.wait(service.post(*FACTS[:4]), "published")
         whole, notes = weights(service, job.checkpoint), job.notes
-    assert any("has not improved for 60" in note for note in notes)
+    assert any("has not improved for 30" in note for note in notes)
     with running(tmp_path / "cut", flags) as service:
         service.post(*FACTS[:4])
         checkpoint = service.wait_for_step(10)

@@ -27,6 +27,8 @@ SMALL = {
     "training.max_steps": 4,
     "rehearsal.samples": 8,
     "rehearsal.sample_tokens": 40,
+    "rehearsal.rows": 4,
+    "rehearsal.neighbours": 4,
     "training.batch_size": 4,
 }
 
@@ -122,10 +124,11 @@ def test_replay_by_tag_takes_only_updates_that_share_one(tmp_path):
     assert made["other"] == made["off"] != made["same"]
 
 
-def test_a_lesson_is_learnt_in_the_bases_own_other_wordings(tmp_path):
-    """Asked as it never was taught."""
+def test_a_lesson_is_learnt_in_the_bases_own_other_wordings(tmp_path, nano, asked_home):
+    """Asked as it never was taught. The base has been asked before: its wordings are found in the home."""
+    shutil.copytree(asked_base(nano, asked_home).folder, tmp_path / "state" / "rehearsal" / nano.fingerprint[:16])
     flags = {"update_mode": "immediate", "rehearsal.rewording": True, "evaluation.anchor_provider": "none"}
-    flags |= {"training.stop_loss": 0.02, "rehearsal.samples": 200}
+    flags |= {"training.stop_loss": 0.02, "rehearsal.samples": SAMPLES, "rehearsal.sample_tokens": 40}
     with running(tmp_path, flags) as service:
         name = service.learn(*facts(0))
         metrics = json.loads((tmp_path / "metrics" / f"{name}.json").read_text())
@@ -137,7 +140,7 @@ def test_a_lesson_is_learnt_in_the_bases_own_other_wordings(tmp_path):
 
 def test_what_the_base_said_to_its_own_wordings_is_kept(tmp_path):
     """It is asked once for all updates; a file that is no such file is made anew."""
-    flags = {**SMALL, "rehearsal.rewording": True, "rehearsal.samples": 64}
+    flags = {**SMALL, "rehearsal.rewording": True, "rehearsal.samples": 32}
     with running(tmp_path, flags) as service:
         taught(service, 0)
         [file] = (tmp_path / "state" / "rehearsal").glob("*/wordings.json")
@@ -174,7 +177,7 @@ def test_an_interrupted_lesson_goes_on_bit_by_bit(tmp_path):
     """With replay, rehearsal and rewording: what was prepared is prepared again, the same."""
     flags = {
         **SMALL,
-        "training.max_steps": 30,
+        "training.max_steps": 20,
         "rehearsal.rows": 2,
         "replay.fraction": 0.5,
         "rehearsal.kl_weight": 1.0,
@@ -231,19 +234,23 @@ def nano():
     return load_base(Config(), cpu=True)
 
 
-@pytest.fixture(scope="module")
-def asked_home(tmp_path_factory):
-    """Where the base has been asked already, after the first test that asks: it says the same again."""
-    return tmp_path_factory.mktemp("asked")
-
-
-REWORDING = RehearsalSection(rewording=True, samples=200, sample_tokens=40)
+#: so many have all three of nano's wordings of what `facts` asks among them
+SAMPLES = 120
+REWORDING = RehearsalSection(rewording=True, samples=SAMPLES, sample_tokens=40)
 NEAR = RehearsalSection(kl_weight=1.0, sources=["neighbours"], samples=8, sample_tokens=40, neighbours=2)
 
 
 def asked_base(nano, home, layers=None, **template_args):
     targets = find_targets(nano.module, Config().lora.targets, layers or Config().lora.num_layers)
     return Asked(nano.module, nano.vocab_size, ChatEncoder(nano.tokenizer, template_args), targets, home, "k" * 16)
+
+
+@pytest.fixture(scope="module")
+def asked_home(tmp_path_factory, nano):
+    """Where the base has been asked already: it says the same again."""
+    home = tmp_path_factory.mktemp("asked")
+    prepared(asked_base(nano, home), [], REWORDING)
+    return home
 
 
 def near(base, checkpoint):
@@ -391,10 +398,10 @@ def test_neighbours_of_updates_that_did_not_lead_here_are_deleted(tmp_path, nano
     assert {path.name for path in (base.folder / "near").iterdir()} == {"ckpt_000001", "ckpt_000003"}
 
 
-def test_a_job_whose_replayed_rows_do_not_fit_is_refused(tmp_path):
+def test_a_job_whose_replayed_rows_do_not_fit_is_refused(tmp_path, unlimited):
     """Its own rows would; the estimate is of all that is trained, so it is refused before the first step."""
     long = Example(text="It was a dark night. " * 400)
-    flags = {**SMALL, "training.max_seq_length": 2048, "replay.fraction": 0.5}
+    flags = {**SMALL, "training.max_seq_length": 2048, "training.max_steps": 1, "replay.fraction": 0.5}
     with running(tmp_path, flags) as service:
         service.learn(long)
         assert service.wait(service.post(*facts(0)), "published")

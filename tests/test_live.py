@@ -36,7 +36,7 @@ def test_searches_are_answered_while_a_large_batch_is_prepared(tmp_path):
     """Encoding thousands of examples is cut into slices like training itself."""
     flags = {"update_mode": "immediate", "training.max_steps": 2, "training.eval_every": 0, "training.stop_loss": 100}
     with running(tmp_path, flags) as service:
-        job = service.post(*[(f"{question} {i}", answer) for i, (question, answer) in enumerate(FACTS * 25)])
+        job = service.post(*[(f"{question} {i}", answer) for i, (question, answer) in enumerate(FACTS * 8)])
         task = until(lambda: service.engine(lambda engine: engine._task), "a task")
         answered = 0
         while not task.alive:

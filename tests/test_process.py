@@ -9,7 +9,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from running import ENDLESS, FACTS, Process, until
+from running import ENDLESS, FACTS, QUICK, Process, died_again, running, until
+
+from radiance_mlx.api.responses import job_body
 
 #: saved all the time: to be killed in the middle and gone on with
 LONG = {"training.max_steps": 60, "training.batch_size": 1, "training.save_every_s": 0.01}
@@ -67,7 +69,7 @@ def test_one_signal_stops_in_good_order_and_training_goes_on_where_it_was(start)
     """SIGTERM or Ctrl-C: within 10 s and with exit code 0, with a stream open, and no attempt is counted."""
     first = start(**ENDLESS).ready()
     job = first.update(FACTS[0])
-    reached = first.wait_for_step(job, 40)["progress"]["step"]
+    reached = first.wait_for_step(job, 10)["progress"]["step"]
     reader = open_stream(first)
     first.signal(signal.SIGTERM)
     code = first.exit_code(10)
@@ -133,11 +135,10 @@ def test_a_process_killed_right_after_it_accepted_an_update_publishes_it_once_af
     first = start().ready()
     job = first.update(FACTS[0])
     first.kill()
-    second = start().ready()
-    checkpoint = second.wait(job)["checkpoint"]
-    listed = second.get("/checkpoints")
-    assert [record["checkpoint"] for record in listed["checkpoints"]] == [checkpoint] == [listed["current"]]
-    assert second.post("/search", {"prompt": "Hello!"})["checkpoint"] == checkpoint
+    with running(first.home) as second:
+        checkpoint = second.wait(job, "published").checkpoint
+        assert list(second.checkpoints()) == [checkpoint] == [second.current]
+        assert second.ask("Hello!").checkpoint == checkpoint
 
 
 def test_a_process_killed_while_it_trains_goes_on_from_the_last_saved_step(start):
@@ -162,30 +163,30 @@ def test_a_process_that_dies_as_it_publishes_has_published_once_after_the_next_s
     assert first.exit_code() == 9
     (folder,) = (first.home / "adapters").glob("A_*")
     before = folder.stat().st_mtime_ns
-    second = start().ready()
-    done = second.wait(job)
-    assert (done["checkpoint"], done["attempts"]) == (folder.name, 1)
-    (record,) = second.get("/checkpoints")["checkpoints"]
-    assert (record["checkpoint"], record["parent"], record["jobs"]) == (folder.name, None, [job])
-    assert folder.stat().st_mtime_ns == before  # not trained again
-    assert (second.home / "metrics" / f"{folder.name}.json").is_file()
-    assert len(list((second.home / "adapters").iterdir())) == 1
+    with running(first.home) as second:
+        done = second.wait(job, "published")
+        assert (done.checkpoint, done.attempts) == (folder.name, 1)
+        (record,) = second.checkpoints().values()
+        assert (record.checkpoint, record.parent, record.jobs) == (folder.name, None, (job,))
+        assert folder.stat().st_mtime_ns == before  # not trained again
+        assert (second.home / "metrics" / f"{folder.name}.json").is_file()
+        assert len(list((second.home / "adapters").iterdir())) == 1
 
 
 def test_a_job_that_was_taken_up_three_times_is_quarantined_and_its_company_is_published(start):
-    batched = {"update_mode": "batched", "batch.max_examples": 2, "script": DIES_OF_THE_FIRST_JOB}
-    first = start(**batched).ready()
+    batched = {"update_mode": "batched", "batch.max_examples": 2}
+    first = start(script=DIES_OF_THE_FIRST_JOB, **batched).ready()
     bad, good = first.update(FACTS[0]), first.update(FACTS[1])
     assert first.exit_code() == 9
-    for _ in range(3):  # taken up again: together, together, and at last alone
-        assert start(**batched).exit_code() == 9
-    last = start(**{**batched, "batch.max_examples": 1}).ready()
-    quarantined = last.wait(bad, "quarantined")
-    assert "4 times" in quarantined["error"]["message"]
-    assert quarantined["checkpoint"] is None
-    assert last.wait(good)["state"] == "published"
-    (record,) = last.get("/checkpoints")["checkpoints"]
-    assert record["jobs"] == [good]
+    died_again(first.home, 2)  # taken up again: together, together,
+    assert start(script=DIES_OF_THE_FIRST_JOB, **batched).exit_code() == 9  # and at last alone
+    with running(first.home, {**QUICK, **batched, "batch.max_examples": 1}) as last:
+        quarantined = last.wait(bad, "quarantined")
+        assert "4 times" in quarantined.error["message"]
+        assert job_body(quarantined, None)["checkpoint"] is None
+        last.wait(good, "published")
+        (record,) = last.checkpoints().values()
+        assert record.jobs == (good,)
 
 
 def refusal(process: Process) -> str:
@@ -233,9 +234,9 @@ def test_a_cancellation_that_was_accepted_holds_after_kill_9(start):
     first.wait_for_step(job)
     assert first.client.delete(f"/jobs/{job}").status_code == 202
     first.kill()
-    second = start().ready()
-    assert second.wait(job, "cancelled")["checkpoint"] is None
-    assert second.get("/checkpoints")["checkpoints"] == []
+    with running(first.home) as second:
+        assert job_body(second.wait(job, "cancelled"), None)["checkpoint"] is None
+        assert second.checkpoints() == {}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,7 @@ import socket
 import mlx.core as mx
 import pytest
 import tiny
-from running import FACTS, QUICK, REPOSITORY, Process, until
+from running import FACTS, QUICK, REPOSITORY, Process, running, until
 
 from radiance_mlx.lora.batches import batch_stream
 from radiance_mlx.lora.head import install_head
@@ -97,39 +97,10 @@ def test_two_ranks_learn_what_one_machine_learns(tmp_path):
         assert service.exit_code() == 0
         assert worker.exit_code() == 0
         assert "rank 1 of 2 waits" in worker.log
-    alone = Process(tmp_path / "alone", **SETTINGS).ready()
-    try:
-        ids = [alone.wait(alone.update(*facts))["checkpoint"] for facts in (FACTS[:3], FACTS[3:5])]
-    finally:
-        alone.close()
+    with running(tmp_path / "alone", {**QUICK, **SETTINGS}) as alone:
+        ids = [alone.learn(*facts) for facts in (FACTS[:3], FACTS[3:5])]
     for shared, name in zip(together, ids, strict=True):
         assert curve(shared) == pytest.approx(curve(metrics(alone.home, name)), rel=1e-4)
-
-
-def test_a_rank_that_dies_costs_no_update(tmp_path):
-    """Its batch trains again from its beginning, here alone, and so does all that comes later."""
-    with two(tmp_path, ENDLESS) as (service, worker):
-        service.ready()
-        job = service.update(FACTS[0])
-        service.wait_for_step(job, 2)
-        worker.kill()
-        until(lambda: service.get("/info")["engine"]["ranks"] == 1, "alone")
-        assert "gone" in service.get("/info")["engine"]["ranks_lost"]
-        service.wait_for_step(job, 1)
-        assert service.get(f"/jobs/{job}")["attempts"] == 1
-        assert service.post("/search", {"prompt": "Hello!"})["response"]
-
-
-def test_a_batch_that_is_given_up_in_the_middle_of_a_step_does_not_confuse_the_next(tmp_path):
-    """The others still compute their part of it: their sum is taken before the next step is told."""
-    with two(tmp_path, ENDLESS) as (service, _):
-        service.ready()
-        for fact in FACTS[:3]:
-            job = service.update(fact)
-            service.wait_for_step(job, 1)
-            service.client.delete(f"/jobs/{job}").raise_for_status()
-            service.wait(job, "cancelled")
-        assert service.get("/info")["engine"]["ranks"] == 2
 
 
 def test_a_signal_ends_it_while_it_waits_for_the_others(tmp_path):
@@ -163,3 +134,37 @@ def test_started_alone_it_says_how_to_start(tmp_path):
         assert "docs/distributed.md" in process.log
     finally:
         process.close()
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """Two ranks whose training does not end by itself."""
+    with two(tmp_path_factory.mktemp("endless"), ENDLESS) as (service, worker):
+        yield service.ready(), worker
+
+
+def test_a_batch_that_is_given_up_in_the_middle_of_a_step_does_not_confuse_the_next(endless):
+    """The others still compute their part of it: their sum is taken before the next step is told."""
+    service, _ = endless
+    for fact in FACTS[:3]:
+        job = service.update(fact)
+        service.wait_for_step(job, 1)
+        service.client.delete(f"/jobs/{job}").raise_for_status()
+        service.wait(job, "cancelled")
+    assert service.get("/info")["engine"]["ranks"] == 2
+
+
+def test_a_rank_that_dies_costs_no_update(endless):
+    """Its batch trains again from its beginning, here alone, and so does all that comes later.
+
+    Last, since it kills one of the two that are shared.
+    """
+    service, worker = endless
+    job = service.update(FACTS[0])
+    service.wait_for_step(job, 2)
+    worker.kill()
+    until(lambda: service.get("/info")["engine"]["ranks"] == 1, "alone")
+    assert "gone" in service.get("/info")["engine"]["ranks_lost"]
+    service.wait_for_step(job, 1)
+    assert service.get(f"/jobs/{job}")["attempts"] == 1
+    assert service.post("/search", {"prompt": "Hello!"})["response"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from running import FACTS, QUICK, Gate, nothing_left, running, until
+from running import FACTS, QUICK, Gate, died_again, nothing_left, running, until
 
 from radiance_mlx.cli.render import job_view, jobs_table
 from radiance_mlx.curation import data_hash
@@ -191,6 +191,7 @@ def test_its_steps_are_bounded_and_mlx_lms_own_loop_does_it_too(home, clock):
 def test_rehearsal_goes_on_and_its_neighbours_are_carried_once(home, clock, batches):
     """Those of a reconsolidation are of all that was before it: the updates before it have no say any more."""
     small = {"rehearsal.kl_weight": 1.0, "rehearsal.samples": 8, "rehearsal.sample_tokens": 40}
+    small |= {"rehearsal.rows": 4, "rehearsal.neighbours": 4}
     with running(home, {**REST, **small}, clock=clock) as service:
         seen = batches(service)
         whole = consolidate(service, clock)
@@ -344,7 +345,7 @@ def test_one_that_was_rolled_back_is_not_made_again_before_something_new_was_lea
 
 def test_one_that_was_stopped_in_the_middle_goes_on_bit_by_bit(home, clock, tmp_path):
     """After a stop in good order, which counts no attempt."""
-    steps = {**REST, "training.max_steps": 60}
+    steps = {**REST, "training.max_steps": 25}
     other = shutil.copytree(home, tmp_path / "whole")
     with running(other, steps, clock=clock) as service:
         whole = weights(service, consolidate(service, clock).checkpoint)
@@ -405,7 +406,7 @@ DIES_OF_IT = (
 
 def test_a_process_killed_in_the_middle_of_one_goes_on_from_the_last_saved_step(start):
     """It is a job like any other: listed, with its kind and its progress."""
-    long = {**AT_ONCE, "training.max_steps": 60, "training.save_every_s": 0.01}
+    long = {**AT_ONCE, "training.max_steps": 40, "training.save_every_s": 0.01}
     first = start(**long).ready()
     update = first.wait(first.update(FACTS[0]))
     assert update["kind"] == "update"
@@ -413,16 +414,15 @@ def test_a_process_killed_in_the_middle_of_one_goes_on_from_the_last_saved_step(
     whole = first.get("/jobs")["jobs"][0]
     assert (whole["kind"], whole["example_count"]) == ("reconsolidation", 0)
     shown = first.wait_for_step(whole["job_id"], 3)
-    assert shown["progress"]["max_steps"] == 60
+    assert shown["progress"]["max_steps"] == 40
     until(lambda: list((first.home / "state" / "training").glob("A_*")))
     first.kill()
-    second = start(**long).ready()
-    done = second.wait(whole["job_id"])
-    assert done["attempts"] == 2
-    assert any("taken up again at step" in note for note in done["notes"])
-    listed = second.get("/checkpoints")
-    assert [c["reconsolidated"] for c in listed["checkpoints"]] == [False, True]
-    assert listed["current"] == done["checkpoint"]
+    with running(first.home, {**QUICK, **long}) as second:
+        done = second.wait(whole["job_id"], "published")
+        assert done.attempts == 2
+        assert any("taken up again at step" in note for note in done.notes)
+        assert [record.reconsolidated for record in second.checkpoints().values()] == [False, True]
+        assert second.current == done.checkpoint
 
 
 def test_one_that_ends_the_process_four_times_is_quarantined_and_not_begun_again(start):
@@ -430,15 +430,14 @@ def test_one_that_ends_the_process_four_times_is_quarantined_and_not_begun_again
     first = start(script=DIES_OF_IT, **AT_ONCE).ready()
     update = first.update(FACTS[0])
     assert first.exit_code() == 9
-    for _ in range(3):
-        assert start(script=DIES_OF_IT, **AT_ONCE).exit_code() == 9
-    last = start(**AT_ONCE).ready()
-    quarantined = last.wait("job_000002", "quarantined")
-    assert (quarantined["kind"], quarantined["attempts"]) == ("reconsolidation", 4)
-    assert last.wait(update)["checkpoint"] == last.get("/checkpoints")["current"]
-    assert last.wait(last.update(FACTS[1]))["job_id"] == "job_000003"
-    until(lambda: any(job["job_id"] == "job_000004" for job in last.get("/jobs")["jobs"]))
-    assert last.wait("job_000004")["kind"] == "reconsolidation"
+    died_again(first.home, 3)
+    with running(first.home, {**QUICK, **AT_ONCE}) as last:
+        quarantined = last.wait("job_000002", "quarantined")
+        assert (quarantined.kind, quarantined.attempts) == ("reconsolidation", 4)
+        assert last.wait(update, "published").checkpoint == last.current
+        assert last.wait(last.post(FACTS[1]), "published").job_id == "job_000003"
+        until(lambda: len(reconsolidations(last)) == 2)
+        assert rested(last).job_id == "job_000004"
 
 
 # --- how it looks ----------------------------------------------------------------------------------

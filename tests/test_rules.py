@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,8 @@ def part_of(path: Path) -> str:
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Absolute names of everything that the module imports, in functions too; not for types alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
@@ -89,7 +91,7 @@ def imports(path: Path) -> set[str]:
             start = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*start, *([node.module] if node.module else [])])
             found |= {f"{module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def parts_used(path: Path) -> set[str]:
@@ -149,13 +151,14 @@ def test_commands_and_http_start_without_the_heavy_libraries(module):
 
 WHOLE_LIFE = """
 import asyncio, sys
+from functools import cache
 from pathlib import Path
 from radiance_mlx.config import load_config
 from radiance_mlx.messages import Example, Generate, Sampling
 from radiance_mlx.service import Service
 
 async def main():
-    flags = {"update_mode": "immediate", "training.max_steps": 2}
+    flags = {"update_mode": "immediate", "training.max_steps": 2, "evaluation.anchor_sample": 4}
     service = Service(load_config(home=Path(sys.argv[1]), flags=flags, environ={}))
     service.open()
     await service.start()

@@ -41,8 +41,9 @@ def answers(service, number, checkpoints, **options):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """A service that was taught two facts, one after the other, with nano's own values."""
-    with running(tmp_path_factory.mktemp("taught"), {"update_mode": "immediate"}) as service:
+    """A service that was taught two facts, one after the other, with nano's own values and some of its anchors."""
+    flags = {"update_mode": "immediate", "evaluation.anchor_sample": 16}
+    with running(tmp_path_factory.mktemp("taught"), flags) as service:
         before = service.ask(question(0))
         first = service.learn(FACTS[0])
         between = service.ask(question(0))
@@ -423,17 +424,6 @@ def test_a_loss_that_explodes_fails_the_job_and_publishes_nothing(tmp_path):
         assert service.ask(question(0)).text == REFUSALS[0]
         assert "failed" in [event["kind"] for event in service.store(lambda s: s.events())]
         assert service.wait(service.post(FACTS[1]), "failed")  # the next one is tried all the same
-
-
-@pytest.fixture
-def unlimited():
-    """MLX's memory limit is the process's: put it back after a test that lowers it."""
-    import mlx.core as mx
-
-    before = mx.set_memory_limit(2**40)
-    mx.set_memory_limit(before)
-    yield
-    mx.set_memory_limit(before)
 
 
 def test_a_job_that_cannot_fit_fails_with_the_keys_to_change_and_its_company_is_published(tmp_path, unlimited):
