@@ -17,11 +17,14 @@ from radiance_mlx.engine.rewording import Wordings
 from radiance_mlx.errors import ConfigError
 from radiance_mlx.lora.encoding import ChatEncoder
 from radiance_mlx.lora.log import still_true
+from radiance_mlx.lora.prefix import Prefix
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.messages import Example
 from radiance_mlx.models.nano import world
 
 PEOPLE = world.STRANGERS[40:]
+#: tokens with which a prefix is tried
+PROBE = 4
 SMALL = {
     **QUICK,
     "training.max_steps": 4,
@@ -371,6 +374,35 @@ def test_what_lower_layers_make_of_rows_is_kept_and_made_again_where_it_is_missi
     there, files = hidden_of()
     assert all(there)
     assert files == ["ckpt_000001", "ckpt_000002", "self"]
+
+
+def test_rows_that_are_replayed_are_not_computed_again(tmp_path):
+    """What the prefix made of them is kept by the update that learnt them, and deleted with the last that replays them.
+
+    Of a file that has changed by a bit nothing is used.
+    """
+    flags = {**SMALL, "training.max_steps": 8, "replay.fraction": 0.5}
+
+    def filled(service, number):
+        computed, whole = [], Prefix.compute
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(Prefix, "compute", lambda self, x: computed.append(x.shape) or whole(self, x))
+            service.learn(*facts(number))
+        return sum(rows for rows, width in computed if width > PROBE)
+
+    for home in (tmp_path / "kept", tmp_path / "spoiled"):
+        with running(home, flags) as service:
+            assert [filled(service, i) for i in (0, 1)] == [2, 2]
+            files = sorted(home.glob("state/rehearsal/*/learnt/*"))
+            assert [file.stem for file in files] == list(service.checkpoints())
+            if home.name == "spoiled":
+                content = files[0].read_bytes()
+                files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            assert filled(service, 2) == (2 if home.name == "kept" else 4)
+            service.call(service.service.rollback(files[0].stem, "test"))
+            service.learn(*facts(3))
+            left = sorted(file.stem for file in home.glob("state/rehearsal/*/learnt/*"))
+            assert left == [files[0].stem, service.current]
 
 
 def test_what_cannot_be_kept_fails_nothing(tmp_path, nano):

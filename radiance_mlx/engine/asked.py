@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import structlog
 
@@ -18,6 +19,7 @@ from ..config.schema import RehearsalSection
 from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
+from ..lora.kept import load_kept, save_kept
 from ..lora.prefix import install_prefix
 from ..lora.rehearsal import (
     Rehearsed,
@@ -54,7 +56,8 @@ class Asked:
         hidden_bytes: int = 0,
     ) -> None:
         self.module, self.encoder = module, encoder
-        self._vocab_size, self._targets, self._room = vocab_size, targets, hidden_bytes
+        self._vocab_size, self._targets = vocab_size, targets
+        self._limit = self._room = hidden_bytes
         self.folder = folder / key[:16]
         self.count = cache(self._count)
         self.asked_with = json.dumps(encoder.template_args, sort_keys=True, default=str)
@@ -151,6 +154,29 @@ class Asked:
     def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
         """Keep the neighbours of an update for those after it."""
         _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self.depth)
+
+    def learnt(self, line: Sequence[str]) -> Iterator[dict[bytes, mx.array]]:
+        """What a prefix makes of the rows that earlier updates have learnt, one update after the other."""
+        for checkpoint in line:
+            yield load_kept(self._learnt(checkpoint), self.depth, self._limit)
+
+    def keep_learnt(self, checkpoint: str, kept: Mapping[bytes, mx.array]) -> None:
+        """Keep it of the rows that an update was the first to need, for those after it that replay them."""
+        file = self._learnt(checkpoint)
+        with _kept_if_possible(file):
+            if kept:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_kept(file, kept, self.depth)
+
+    def forget_learnt(self, others: Collection[str]) -> None:
+        """Delete what was kept of the rows of all updates but these."""
+        names = {self._learnt(checkpoint).name for checkpoint in others}
+        for file in (self.folder / "learnt").glob("*"):
+            if file.name not in names:
+                file.unlink(missing_ok=True)
+
+    def _learnt(self, checkpoint: str) -> Path:
+        return self.folder / "learnt" / f"{checkpoint}.safetensors"
 
     def _begun(self, place: Path, rows: list[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append `rows` to `out`, with `hidden` while there is room: as it was kept in `place`, or made again."""

@@ -19,7 +19,7 @@ from ..lora import files, memory
 from ..lora.batches import fit_to_data
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import TargetRows, install_found, install_head
-from ..lora.prefix import install_prefix, lowest_adapted
+from ..lora.prefix import Prefix, install_prefix, lowest_adapted
 from ..lora.ranks import Ranks
 from ..lora.rehearsal import REHEARSED_TOGETHER
 from ..lora.step import ComputeGradients, Piece
@@ -28,7 +28,7 @@ from ..lora.trainer import Trainer
 from ..lora.tree import TrainingTree, make_tree
 from ..messages import TrainBatch
 from .asked import Asked
-from .lasting import Lasting, Lesson
+from .lasting import CARRIED, Lasting, Lesson
 from .model import BaseModel
 
 
@@ -99,11 +99,12 @@ class Preparation:
         self._rehearsed, self._on_step, self._make_room = rehearsed, on_step, make_room
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
         self._lasting: Lasting | None = None
+        self._asked: Asked | None = None
         if Lasting.wanted(config.replay, config.rehearsal):
             place, below = home / "state" / "rehearsal", self._below_bytes
             parts = (base.module, base.vocab_size, encoder, targets)
-            asked = Asked(*parts, place, base.fingerprint, hidden_bytes=below)
-            self._lasting = Lasting(asked, config.replay, config.rehearsal)
+            self._asked = Asked(*parts, place, base.fingerprint, hidden_bytes=below)
+            self._lasting = Lasting(self._asked, config.replay, config.rehearsal)
         self.examples: list[Encoded] = []
         self.notes = list(batch.notes)
         self.head: TargetRows | None = None
@@ -188,7 +189,7 @@ class Preparation:
         self._install_prefix(tree, rows)
         yield Piece([], barrier=True, pause=True)
         if tree.prefix is not None:
-            yield from tree.prefix.fill(rows)
+            yield from self._fill(tree.prefix, rows)
         trainer = Trainer(
             tree,
             self.head,
@@ -224,6 +225,22 @@ class Preparation:
             install_prefix(tree, tokens, self._below_bytes)
         if tree.prefix is None and rehearsal and rehearsal.begun:
             install_prefix(tree, tokens, self._below_bytes, keeps=False)
+
+    def _fill(self, prefix: Prefix, rows: Sequence[Encoded]) -> Iterator[Piece]:
+        """Of rows that are replayed, what was kept by the updates that learnt them; of the others, it is computed."""
+        asked, batch = self._asked, self._batch
+        if asked is None or not self._config.replay.fraction or asked.depth != prefix.depth:
+            yield from prefix.fill(rows)
+            return
+        line = [batch.checkpoint, *batch.line[:CARRIED]]  # its own: of an attempt that was interrupted
+        wanted = prefix.missing(rows)
+        for kept in asked.learnt(line):
+            prefix.recall({key: hidden for key, hidden in kept.items() if key in wanted})
+            yield Piece([], barrier=True)
+        new = prefix.missing(rows)
+        yield from prefix.fill(rows)
+        asked.keep_learnt(batch.checkpoint, prefix.part(new))
+        asked.forget_learnt(line)
 
     def _kept_bytes(self, rows: Sequence[Encoded]) -> int:
         """At most, of what the layers below the lowest adapted one make of `rows`."""

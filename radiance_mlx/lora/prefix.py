@@ -6,7 +6,7 @@ adapted module is: at its layer, or within that layer after what comes before it
 (the attention, where MLPs are adapted). Only what goes on as one array can be kept so: `install_prefix` tries it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ import numpy as np
 from .batches import as_batch, of_like_length, padded
 from .encoding import Encoded
 from .head import alike
+from .kept import row_key
 from .step import Piece, noted
 from .targets import EXPERTS, LINEAR, Targets, layer_paths
 from .tree import TrainingTree
@@ -115,19 +116,32 @@ class Prefix:
 
     # --- rows ------------------------------------------------------------------------------------
 
+    def missing(self, rows: Sequence[Encoded]) -> dict[bytes, Encoded]:
+        """Those of `rows` that are not kept, each once, by `kept.row_key`."""
+        own = {row_key(row.tokens[:-1]): row for row in rows if len(row.tokens) > 1}
+        return {key: row for key, row in own.items() if key not in self._kept}
+
+    def recall(self, kept: Mapping[bytes, mx.array]) -> None:
+        """If rows are kept, keep these too: what such a prefix has made of others, by `kept.row_key`."""
+        if self._keeps:
+            self._kept.update(kept)
+
+    def part(self, keys: Iterable[bytes]) -> dict[bytes, mx.array]:
+        """What is kept of these."""
+        return {key: self._kept[key] for key in keys if key in self._kept}
+
     def fill(self, rows: Sequence[Encoded]) -> Iterator[Piece]:
         """If rows are kept, keep all of `rows`, many at a time: the same rows in the same order give the same bits."""
         if not self._keeps:
             return
-        own = {tuple(row.tokens[:-1]): row for row in rows if len(row.tokens) > 1}
-        new = [row for inputs, row in own.items() if _key(inputs) not in self._kept]
+        new = list(self.missing(rows).values())
         for places in of_like_length(new, TOGETHER):
             chunk = [new[i] for i in places]
             hidden = self.compute(as_batch(chunk)[0][:, :-1])
             yield from noted(self._tree)
             parts = rows_of(hidden, chunk)
             del hidden
-            self._kept.update((_key(row.tokens[:-1]), part) for row, part in zip(chunk, parts, strict=True))
+            self._kept.update((row_key(row.tokens[:-1]), part) for row, part in zip(chunk, parts, strict=True))
             yield Piece(parts, barrier=True)
 
     def pieces(self, batch: tuple[Any, ...], out: list[mx.array]) -> Iterator[Piece]:
@@ -139,7 +153,7 @@ class Prefix:
         if not self._keeps:
             return
         tokens, ends = np.array(batch[0]), np.array(batch[1])[:, 1]
-        keys = [_key(row[:end]) for row, end in zip(tokens, ends, strict=True)]
+        keys = [row_key(row[:end]) for row, end in zip(tokens, ends, strict=True)]
         for key, row, end in zip(keys, tokens, ends, strict=True):
             if key not in self._kept:
                 hidden = self.compute(mx.array(row[None, : padded(int(end))]))
@@ -160,11 +174,6 @@ class Prefix:
         finally:
             self._passing = False
         raise AssertionError("the model does not call its layers")
-
-
-def _key(inputs: Any) -> bytes:
-    """Of a row's inputs, whole numbers (length,)."""
-    return np.asarray(inputs, dtype=np.int32).tobytes()
 
 
 def rows_of(hidden: mx.array, rows: Sequence[Encoded]) -> list[mx.array]:

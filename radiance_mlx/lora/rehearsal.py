@@ -11,7 +11,6 @@ Rows come from what the base says by itself, from its answers to neighbours of t
 `neighbours`), or from the caller's own texts: as far as this module is concerned, rows are rows.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from .distributions import DIVERGENCE, likeliest
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
+from .kept import load_kept, row_key, save_kept
 from .prefix import rows_of, side_by_side
 from .step import Piece, in_order, losses_at_targets, noted, quiet_logits
 from .tree import TrainingTree
@@ -329,28 +329,15 @@ def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
 
 def save_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str) -> None:
     """Write beside the `rows` of `folder` what a prefix of this `depth` makes of them, if all have it."""
-    hidden = [r.hidden for r in rows if r.hidden is not None]
-    if rows and len(hidden) == len(rows):
-        whole = mx.concatenate(hidden)
-        save_arrays(folder / HIDDEN_FILE, {_hidden_name(depth, whole): whole})
+    hidden = {row_key(r.row.tokens[:-1]): r.hidden for r in rows if r.hidden is not None}
+    if rows and all(r.hidden is not None for r in rows):
+        save_kept(folder / HIDDEN_FILE, hidden, depth)
 
 
 def with_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str, limit: int) -> list[Rehearsed]:
     """`rows` of `folder` with what `save_hidden` wrote of them, if it is whole and fits into `limit` bytes."""
-    file = folder / HIDDEN_FILE
-    try:
-        if file.stat().st_size > limit:
-            return list(rows)
-        [(name, hidden)] = load_arrays(file).items()
-    except (OSError, CheckpointDamaged, ValueError):
+    kept = load_kept(folder / HIDDEN_FILE, depth, limit)
+    keys = [row_key(r.row.tokens[:-1]) for r in rows]
+    if not all(key in kept for key in keys):
         return list(rows)
-    ends = list(itertools.accumulate(len(r.row.tokens) - 1 for r in rows))
-    if not rows or hidden.ndim != 2 or hidden.shape[0] != ends[-1] or name != _hidden_name(depth, hidden):
-        return list(rows)
-    return [replace(r, hidden=part) for r, part in zip(rows, mx.split(hidden, ends[:-1]), strict=True)]
-
-
-def _hidden_name(depth: str, hidden: mx.array) -> str:
-    """Tells whose work it is, where it was computed, and whether a bit of it has changed since."""
-    digest = hashlib.sha256(np.array(mx.contiguous(hidden).view(mx.uint8)).tobytes())
-    return f"below_{depth}_{mx.default_device().type.name}_{digest.hexdigest()}"
+    return [replace(r, hidden=kept[key]) for r, key in zip(rows, keys, strict=True)]
