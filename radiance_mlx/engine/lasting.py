@@ -22,9 +22,7 @@ from .rewording import Wordings
 from .speaking import answer
 
 #: so many times the neighbours that are rehearsed are thought of
-CANDIDATES = 3
-#: how much neighbours are rehearsed beside another source
-NEAR = 2.0
+CANDIDATES = 2
 #: earlier updates whose neighbours go on to be rehearsed
 CARRIED = 50
 
@@ -174,14 +172,14 @@ class Lasting:
                 own.append(row)
             yield Piece([], barrier=True)
         if self._uses("self"):
-            sources["self"] = Source(own, 1.0)
+            sources["self"] = Source(own)
         if self._uses("neighbours"):
             yield from self._neighbours(lesson, own, names)
-            sources["neighbours"] = Source(self._near, NEAR)
+            sources["neighbours"] = Source(self._near)
         if self._uses("anchors"):
             rows: list[Rehearsed] = []
             yield from base.taught_by(anchors, rows)
-            sources["anchors"] = Source(rows, 1.0)
+            sources["anchors"] = Source(rows)
         self.notes += [f"nothing to rehearse of rehearsal.sources: {n}" for n, s in sources.items() if not s.rows]
         settings, rows_of = self._settings, list(sources.values())
         self.rehearsal = Rehearsal(
