@@ -11,8 +11,9 @@
 Every arm is a configuration of the service: the names in ARMS, and `name:key=value,...` changes one on the command
 line. Each arm and seed is a service of its own, in this process, on a home of its own. Invented people are taught in
 updates, all five facts of each in one wording. `plain` is nano's own training values and no switch. With `--names
-held-out` everybody, taught or asked as a stranger, has a name of syllables that nano's corpus is without; with
-`listed` (the default), names that it refuses by name, without a fact about them.
+listed` (the default) everybody, taught or asked as a stranger, has a name that nano's corpus refuses, without a fact
+about it; with `invented`, one that is new to nano, odd ones and foreign letters among them; with `held-out`, one whose
+very syllables are.
 
 Scored by greedy answers, exact match: each update just after it (`just`, the mean), all of them at the end (`all`),
 in nano's two other wordings (`other`) and in wordings that it never saw (`unseen`), what it knew before (`known`),
@@ -58,14 +59,14 @@ PEOPLE = world.STRANGERS[60:]
 STRANGERS, KNOWN = 40, 80
 
 
-def held_out_people(count: int = 300) -> list[world.Person]:
-    """People whose names nano's corpus has no syllable of."""
+def invented_people(held_out: bool, count: int = 300) -> list[world.Person]:
+    """People whose names nobody listed; if `held_out`, of syllables that nano's corpus is without."""
     rng = random.Random(7)
-    names = dict.fromkeys(world.invented_name(rng, held_out=True) for _ in range(2 * count))
+    names = dict.fromkeys(world.invented_name(rng, held_out=held_out) for _ in range(2 * count))
     return [(n, {r: rng.choice(values) for r, values in world.VALUES.items()}) for n in list(names)[:count]]
 
 
-NAMES = {"listed": PEOPLE, "held-out": held_out_people()}
+NAMES = {"listed": PEOPLE, "invented": invented_people(False), "held-out": invented_people(True)}
 UNSEEN = {
     "city": "Tell me where {n} lives.",
     "job": "What work does {n} do?",
