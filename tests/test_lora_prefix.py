@@ -212,6 +212,17 @@ def test_a_step_whose_rows_are_not_all_kept_makes_the_whole_pass():
     assert tiny.furthest(no_room.tree.parameters(), without.tree.parameters()) < 1e-4
 
 
+def test_what_another_prefix_made_is_forgotten():
+    """The run is that of rows of which nothing was kept."""
+    base = tiny.model()
+    made = rehearsal(rehearsed(base, PLENTY))
+    assert made.begun
+    made.forget_hidden()
+    assert not made.begun
+    run, without = trained(base, PLENTY, rehearsal=made), trained(base, PLENTY, rehearsal=rehearsal(rehearsed(base, 0)))
+    assert tiny.furthest(run.tree.parameters(), without.tree.parameters()) < 1e-4
+
+
 def test_what_was_kept_comes_back_from_the_disk(tmp_path):
     """To the last bit, for the same layers alone; what does not fit, or has changed by a bit, is not there."""
     rows = rehearsed(tiny.model(), PLENTY)

@@ -225,6 +225,8 @@ class Preparation:
             install_prefix(tree, tokens, self._below_bytes)
         if tree.prefix is None and rehearsal and rehearsal.begun:
             install_prefix(tree, tokens, self._below_bytes, keeps=False)
+        if rehearsal and tree.prefix and self._asked and tree.prefix.depth != self._asked.depth:
+            rehearsal.forget_hidden()
 
     def _fill(self, prefix: Prefix, rows: Sequence[Encoded]) -> Iterator[Piece]:
         """Of rows that are replayed, what was kept by the updates that learnt them; of the others, it is computed."""

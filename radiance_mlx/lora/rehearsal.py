@@ -222,6 +222,10 @@ class Rehearsal:
         """Whether of any row it is kept what the prefix makes of it."""
         return any(r.hidden is not None for source in self.sources for r in source.rows)
 
+    def forget_hidden(self) -> None:
+        """Begin at the beginning: the prefix that made what is kept is not the one of the tree that learns."""
+        self.sources = [replace(s, rows=[replace(r, hidden=None) for r in s.rows]) for s in self.sources]
+
     def steps(
         self, *, batch_size: int, max_tokens: int, seed: tuple[int, int], start: int = 0
     ) -> Iterator[list[Begun]]:
