@@ -62,7 +62,9 @@ STRANGERS, KNOWN = 40, 80
 def invented_people(held_out: bool, count: int = 300) -> list[world.Person]:
     """People whose names nobody listed; if `held_out`, of syllables that nano's corpus is without."""
     rng = random.Random(7)
-    names = dict.fromkeys(world.invented_name(rng, held_out=held_out) for _ in range(2 * count))
+    listed = {*world.FIRST_NAMES, *world.LAST_NAMES}
+    drawn = (world.invented_name(rng, held_out=held_out) for _ in range(2 * count))
+    names = dict.fromkeys(name for name in drawn if not listed.issuperset(name.split()))
     return [(n, {r: rng.choice(values) for r, values in world.VALUES.items()}) for n in list(names)[:count]]
 
 

@@ -155,10 +155,10 @@ class Asked:
         """Keep the neighbours of an update for those after it."""
         _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self.depth)
 
-    def learnt(self, line: Sequence[str]) -> Iterator[dict[bytes, mx.array]]:
+    def learnt(self, line: Sequence[str], wanted: Collection[bytes]) -> Iterator[dict[bytes, mx.array]]:
         """What a prefix makes of the rows that earlier updates have learnt, one update after the other."""
         for checkpoint in line:
-            yield load_kept(self._learnt(checkpoint), self.depth, self._limit)
+            yield load_kept(self._learnt(checkpoint), self.depth, self._limit, wanted)
 
     def keep_learnt(self, checkpoint: str, kept: Mapping[bytes, mx.array]) -> None:
         """Keep it of the rows that an update was the first to need, for those after it that replay them."""
@@ -173,7 +173,8 @@ class Asked:
         names = {self._learnt(checkpoint).name for checkpoint in others}
         for file in (self.folder / "learnt").glob("*"):
             if file.name not in names:
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.unlink()
 
     def _learnt(self, checkpoint: str) -> Path:
         return self.folder / "learnt" / f"{checkpoint}.safetensors"

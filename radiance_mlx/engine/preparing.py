@@ -231,13 +231,15 @@ class Preparation:
     def _fill(self, prefix: Prefix, rows: Sequence[Encoded]) -> Iterator[Piece]:
         """Of rows that are replayed, what was kept by the updates that learnt them; of the others, it is computed."""
         asked, batch = self._asked, self._batch
+        if not prefix.keeps:
+            return
         if asked is None or not self._config.replay.fraction or asked.depth != prefix.depth:
             yield from prefix.fill(rows)
             return
         line = [batch.checkpoint, *batch.line[:CARRIED]]  # its own: of an attempt that was interrupted
         wanted = prefix.missing(rows)
-        for kept in asked.learnt(line):
-            prefix.recall({key: hidden for key, hidden in kept.items() if key in wanted})
+        for kept in asked.learnt(line, wanted):
+            prefix.recall(kept)
             yield Piece([], barrier=True)
         new = prefix.missing(rows)
         yield from prefix.fill(rows)

@@ -17,7 +17,8 @@ from ..lora.memory import hidden_bytes
 from ..lora.step import Piece
 from .generation import JoiningGenerator
 
-#: sequences that are decoded together: more of a small model, as far as their keys and values take no more than this
+#: sequences that are decoded together: more of a small model, as far as their keys and values take about so much;
+#: and whose prompts are taken in together, in one pass that cannot be cut
 FEWEST, MOST, CACHED_BYTES = 64, 256, 128 * 2**20
 #: contents with nothing in common, to see where a user's words begin in a rendered chat
 _UNLIKE = ("apple", "7", "Zoo", "(", "\N{GREEK SMALL LETTER OMEGA}")
@@ -59,7 +60,7 @@ def speak(
         model,
         stop_tokens=[[end] for end in sorted(set(ends) - {None})],
         completion_batch_size=together,
-        prefill_batch_size=together,
+        prefill_batch_size=FEWEST,
         stream=mx.default_stream(mx.default_device()),
         **options,
     )
@@ -80,7 +81,7 @@ def speak(
 
 
 def _together(model: nn.Module, length: int) -> int:
-    """How many sequences of so many tokens; keys and values are no wider than what goes between the layers."""
+    """How many sequences of so many tokens; keys and values are taken to be as wide as what goes between the layers."""
     each = 2 * len(model.layers) * hidden_bytes(model, length)
     return max(FEWEST, min(MOST, CACHED_BYTES // max(1, each)))
 

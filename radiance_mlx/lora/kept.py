@@ -6,7 +6,7 @@ and a digest whether a bit of it has changed since.
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,8 +31,10 @@ def save_kept(file: Path, kept: Mapping[bytes, mx.array], depth: str) -> None:
     save_arrays(file, {**arrays, _name(depth, inputs, lengths, whole): whole})
 
 
-def load_kept(file: Path, depth: str, limit: int) -> dict[bytes, mx.array]:
-    """What `save_kept` wrote; empty unless it is whole, of the same depth and device, and of at most `limit` bytes."""
+def load_kept(file: Path, depth: str, limit: int, wanted: Collection[bytes]) -> dict[bytes, mx.array]:
+    """Of what `save_kept` wrote, the `wanted` rows; none unless it is whole, of the same depth and device, and of at
+    most `limit` bytes. They are copies: the others stay in memory no longer than this takes.
+    """
     try:
         if file.stat().st_size > limit:
             return {}
@@ -47,7 +49,12 @@ def load_kept(file: Path, depth: str, limit: int) -> dict[bytes, mx.array]:
         return {}
     ends = list(itertools.accumulate(lengths.tolist()))
     keys = [row_key(part) for part in np.split(inputs, ends[:-1])]
-    return dict(zip(keys, mx.split(whole, ends[:-1]), strict=True))
+    starts = [0, *ends[:-1]]
+    found = {
+        key: whole[mx.arange(start, end)] for key, start, end in zip(keys, starts, ends, strict=True) if key in wanted
+    }
+    mx.eval(list(found.values()))
+    return found
 
 
 def _name(depth: str, inputs: np.ndarray, lengths: np.ndarray, whole: mx.array) -> str:

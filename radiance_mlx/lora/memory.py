@@ -79,8 +79,8 @@ def estimate(
     layers = _layers(model, set(targets.paths) if dropout else set())
     scores = [_float_bytes(model) * layer.heads * width * tokens for layer in layers]
     if settings.grad_checkpoint:  # every layer's input; one layer at a time, and what goes back through it
-        kept = 4 * _hidden(model) * len(layers) * tokens
-        activations = kept + 2 * max(layer.bytes_per_token for layer in layers) * tokens + max(scores)
+        inputs = 4 * _hidden(model) * len(layers) * tokens
+        activations = inputs + 2 * max(layer.bytes_per_token for layer in layers) * tokens + max(scores)
     else:
         activations = sum(layer.bytes_per_token for layer in layers) * tokens + sum(scores)
     activations += _SCORES_AT_WORK * max(scores)

@@ -41,7 +41,7 @@ class Prefix:
     """
 
     def __init__(self, tree: TrainingTree, first: int, before: Sequence[str], keeps: bool) -> None:
-        self._tree, self._keeps = tree, keeps
+        self._tree, self.keeps = tree, keeps
         self._kept: dict[bytes, mx.array] = {}
         #: what passes begin with at the first adapted module; None: they begin at the beginning
         self.given: mx.array | None = None
@@ -123,7 +123,7 @@ class Prefix:
 
     def recall(self, kept: Mapping[bytes, mx.array]) -> None:
         """If rows are kept, keep these too: what such a prefix has made of others, by `kept.row_key`."""
-        if self._keeps:
+        if self.keeps:
             self._kept.update(kept)
 
     def part(self, keys: Iterable[bytes]) -> dict[bytes, mx.array]:
@@ -132,7 +132,7 @@ class Prefix:
 
     def fill(self, rows: Sequence[Encoded]) -> Iterator[Piece]:
         """If rows are kept, keep all of `rows`, many at a time: the same rows in the same order give the same bits."""
-        if not self._keeps:
+        if not self.keeps:
             return
         new = list(self.missing(rows).values())
         for places in of_like_length(new, TOGETHER):
@@ -150,7 +150,7 @@ class Prefix:
         A row that is not there yet is computed by itself: whatever company it comes in, also after an interruption,
         it is the same to the last bit.
         """
-        if not self._keeps:
+        if not self.keeps:
             return
         tokens, ends = np.array(batch[0]), np.array(batch[1])[:, 1]
         keys = [row_key(row[:end]) for row, end in zip(tokens, ends, strict=True)]

@@ -119,7 +119,7 @@ def teacher(
             taught = _begun(taught, hidden.pop())
             yield Piece([r.hidden for r in taught if r.hidden is not None], barrier=True)
         made.update(zip(places, taught, strict=True))
-    out.extend(made[i] for i in range(len(rows)))
+    out.extend(_sharing([made[i] for i in range(len(rows))]))
 
 
 def begin(tree: TrainingTree, rows: Sequence[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
@@ -131,7 +131,13 @@ def begin(tree: TrainingTree, rows: Sequence[Rehearsed], out: list[Rehearsed]) -
         begun = _begun(chunk, hidden.pop())
         yield Piece([r.hidden for r in begun if r.hidden is not None], barrier=True)
         made.update(zip(places, begun, strict=True))
-    out.extend(made[i] for i in range(len(rows)))
+    out.extend(_sharing([made[i] for i in range(len(rows))]))
+
+
+def _sharing(rows: Sequence[Rehearsed]) -> list[Rehearsed]:
+    """`rows`, those of equal inputs with one `hidden`: they are kept once, and come back as they went."""
+    first: dict[bytes, mx.array | None] = {}
+    return [replace(r, hidden=first.setdefault(row_key(r.row.tokens[:-1]), r.hidden)) for r in rows]
 
 
 def _below(tree: TrainingTree, batch: Batch, out: list[mx.array]) -> Iterator[Piece]:
@@ -340,8 +346,8 @@ def save_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str) -> None:
 
 def with_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str, limit: int) -> list[Rehearsed]:
     """`rows` of `folder` with what `save_hidden` wrote of them, if it is whole and fits into `limit` bytes."""
-    kept = load_kept(folder / HIDDEN_FILE, depth, limit)
     keys = [row_key(r.row.tokens[:-1]) for r in rows]
+    kept = load_kept(folder / HIDDEN_FILE, depth, limit, set(keys))
     if not all(key in kept for key in keys):
         return list(rows)
     return [replace(r, hidden=kept[key]) for r, key in zip(rows, keys, strict=True)]

@@ -39,13 +39,16 @@ class Row:
 
 @dataclass
 class Source:
-    """Rows to be read once. `columns` are a table's; `tags` come with some files; `remarks` are for people."""
+    """Rows to be read once. `columns` are a table's; `tags` come with some files; `left_out` are keys beside the rows;
+    `remarks` are for people.
+    """
 
     name: str
     kind: str
     rows: Iterator[Row]
     columns: list[str] | None = None
     tags: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     narrow: Callable[[list[str]], Iterator[Row]] | None = None  # the rows with these columns only
 
@@ -186,10 +189,19 @@ def _whole(value: Any, name: str) -> Source:
         return Source(name, "json", iter([Row("example 1", value)]))
     source = Source(name, "json", _numbered(value[key], "example"))
     if key == "examples":
-        source.tags = [str(tag) for tag in value.get("tags") or []]
-    if left := [k for k in value if k not in (key, *(["tags"] if key == "examples" else []))]:
-        source.remarks.append(f"the rows are those of {key!r}; left out: {', '.join(left)}")
+        source.tags = _tags(value.get("tags"))
+    source.left_out = [k for k in value if k not in (key, *(["tags"] if key == "examples" else []))]
+    if source.left_out:
+        source.remarks.append(f"the rows are those of {key!r}; left out: {', '.join(source.left_out)}")
     return source
+
+
+def _tags(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+        raise InvalidRequest("tags must be a list of texts.")
+    return list(value)
 
 
 def _envelope(value: dict[str, Any]) -> str:

@@ -106,7 +106,8 @@ def examples_of_upload(content: bytes, name: str, *, max_body_mb: float = MAX_BO
     if kind_of(name) == "jsonl":
         return examples_of_jsonl(content, every_answer=True, max_body_mb=max_body_mb)
     intake = Intake(read(io.BytesIO(content), name), every_answer=True)
-    for what, unread in (("columns", intake.left_out), ("tags", intake.source.tags)):
+    source = intake.source
+    for what, unread in (("columns", intake.left_out), ("tags", source.tags), ("keys", source.left_out)):
         if unread:
             raise InvalidRequest(f"Its {what} {', '.join(unread)} would not be learnt.", "Leave them out of the file.")
     examples, room = list[Example](), Room(max_body_mb)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -33,6 +34,11 @@ class _Parser(MultiPartParser):
         self.ended = True
 
 
+def _charset(request: Request) -> str:
+    _, options = parse_options_header(request.headers.get("content-type", ""))
+    return options.get(b"charset", b"").decode("latin-1").strip().lower()
+
+
 async def read_upload(request: Request, settings: ServerSection, fields: tuple[str, ...]) -> Uploaded:
     """The `file` and such of `fields` as there are.
 
@@ -41,6 +47,8 @@ async def read_upload(request: Request, settings: ServerSection, fields: tuple[s
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != KIND:
         raise UnsupportedMediaType(f"The content type is {kind or 'missing'}.", f"Send '{KIND}'.")
+    if (charset := _charset(request)) not in ("", "utf-8", "us-ascii"):
+        raise UnsupportedMediaType(f"The charset of the upload's names is {charset}.", "Send UTF-8, or say none.")
     body = await content_of(request, settings)
 
     async def stream() -> AsyncGenerator[bytes, None]:
@@ -51,6 +59,8 @@ async def read_upload(request: Request, settings: ServerSection, fields: tuple[s
         form = await parser.parse()
     except MultiPartException as error:
         raise MalformedBody(f"The upload cannot be read: {error.message}") from None
+    except UnicodeError:
+        raise MalformedBody("The names in the upload are not in the charset that its content type says.") from None
     if not parser.ended:
         await form.close()
         raise MalformedBody("The upload breaks off: the mark of its end is missing.", "Send it again, whole.")
