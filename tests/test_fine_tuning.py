@@ -421,6 +421,9 @@ def test_tables_and_json_documents_are_files_too(started, name, content):
         ("a.csv", b"prompt,completion\nWho?\n", "line 2"),
         ("a.csv", b"prompt,completion\n", "no row"),
         ("a.json", b'{"examples": [{"input": "a", "output": "b"}], "tags": ["x"]}', "tags x would not be learnt"),
+        ("a.json", b'{"examples": [{"input": "a", "output": "b"}], "tags": 5}', "tags must be a list of texts"),
+        ("a.json", b'{"examples": [{"input": "a", "output": "b"}], "tags": "xy"}', "tags must be a list of texts"),
+        ("a.json", b'{"data": [{"input": "a", "output": "b"}], "system": "x"}', "keys system would not be learnt"),
         ("a.json", b"[1]", "example|row|entry"),
     ],
 )

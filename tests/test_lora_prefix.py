@@ -14,6 +14,7 @@ from radiance_mlx.lora.batches import batch_stream
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.focus import row_losses
 from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.kept import load_kept, save_kept
 from radiance_mlx.lora.prefix import install_prefix
 from radiance_mlx.lora.rehearsal import (
     HIDDEN_FILE,
@@ -247,6 +248,31 @@ def test_what_was_kept_comes_back_from_the_disk(tmp_path):
     assert with_hidden(tmp_path, loaded, "1", PLENTY) == loaded
     file.unlink()
     assert with_hidden(tmp_path, loaded, "1", PLENTY) == loaded
+
+
+def test_equal_rows_are_the_same_before_and_after_the_disk(tmp_path):
+    """A pass may round each otherwise, by its place; a job that is taken up again has them from the disk."""
+    base = tiny.model()
+    tree, rows = adapter_tree(base, idle_adapter(base, find_targets(base, ["o_proj"], 1))), []
+    install_prefix(tree, 0, PLENTY)
+    data = [row for row in tiny.examples(6, seed=11) for _ in range(3)]
+    tiny.drive(teacher(tree, install_head(tree.module, tiny.VOCAB), data, rows, together=5 * 64))
+    save_rows(tmp_path, rows, {})
+    save_hidden(tmp_path, rows, "1")
+    loaded = with_hidden(tmp_path, load_rows(tmp_path)[0], "1", PLENTY)
+    assert all(mx.array_equal(a.hidden, b.hidden).item() for a, b in zip(rows, loaded, strict=True))
+
+
+def test_of_a_file_the_wanted_rows_alone_stay_in_memory(tmp_path):
+    kept = {bytes([i, 0, 0, 0]) * 100: mx.full((100, 1000), float(i)) for i in range(20)}
+    save_kept(tmp_path / "rows.safetensors", kept, "1")
+    wanted = list(kept)[7]
+    del kept
+    before = mx.get_active_memory()
+    found = load_kept(tmp_path / "rows.safetensors", "1", PLENTY, {wanted})
+    assert list(found) == [wanted]
+    assert found[wanted][3, 5].item() == 7.0
+    assert mx.get_active_memory() - before < 2 * found[wanted].nbytes
 
 
 def test_what_is_not_there_is_made_again():
