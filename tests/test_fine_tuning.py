@@ -461,6 +461,10 @@ def test_each_assistants_message_is_an_example_unless_its_weight_is_0():
     assert found == [Example(turns, answer_only=True), Example((*turns, ("assistant", "e")), answer_only=True)]
 
 
+def charset(name):
+    return {"content-type": f"{MULTIPART['content-type']}; charset={name}"}
+
+
 def test_an_upload_that_is_none_is_refused(started):
     """Another purpose, another kind of body, no file, too large a one."""
     with pytest.raises(openai.BadRequestError) as caught:
@@ -477,11 +481,14 @@ def test_an_upload_that_is_none_is_refused(started):
         ({"content": WHOLE[:-4], "headers": MULTIPART}, "malformed_body"),
         ({"content": WHOLE[:-30], "headers": MULTIPART}, "malformed_body"),
         ({"content": PURPOSE + WHOLE, "headers": MULTIPART}, "invalid_value"),
+        ({"content": WHOLE, "headers": charset("utf-7")}, "unsupported_media_type"),
+        ({"content": WHOLE, "headers": charset("no-such")}, "unsupported_media_type"),
         ({"files": {"file": ("a.jsonl", b" " * (17 << 20))}}, "payload_too_large"),
     ):
         response = post("/v1/files", **options)
         assert response.json()["error"]["code"] == code, response.text
-    assert post("/v1/files", content=WHOLE, headers=MULTIPART).json()["examples"] == 1
+    for headers in (MULTIPART, charset("UTF-8")):
+        assert post("/v1/files", content=WHOLE, headers=headers).json()["examples"] == 1
 
 
 # --- jobs ------------------------------------------------------------------------------------------
