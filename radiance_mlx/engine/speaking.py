@@ -13,13 +13,11 @@ import mlx.nn as nn
 
 from ..errors import InvalidRequest
 from ..lora.encoding import ChatEncoder, Encoded
-from ..lora.memory import hidden_bytes
 from ..lora.step import Piece
 from .generation import JoiningGenerator
 
-#: sequences that are decoded together: more of a small model, as far as their keys and values take about so much;
-#: and whose prompts are taken in together, in one pass that cannot be cut
-FEWEST, MOST, CACHED_BYTES = 64, 256, 128 * 2**20
+#: sequences that are decoded together
+TOGETHER = 64
 #: contents with nothing in common, to see where a user's words begin in a rendered chat
 _UNLIKE = ("apple", "7", "Zoo", "(", "\N{GREEK SMALL LETTER OMEGA}")
 
@@ -54,13 +52,12 @@ def speak(
     if not prompts:
         return
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    together = _together(model, min(max_tokens, len(prompts[order[-1]]) + (at_most or max_tokens)))
     options: dict[str, Any] = {"sampler": _Draw(seed)} if seed is not None else {}
     generator = JoiningGenerator(
         model,
         stop_tokens=[[end] for end in sorted(set(ends) - {None})],
-        completion_batch_size=together,
-        prefill_batch_size=FEWEST,
+        completion_batch_size=TOGETHER,
+        prefill_batch_size=TOGETHER,
         stream=mx.default_stream(mx.default_device()),
         **options,
     )
@@ -78,12 +75,6 @@ def speak(
         generator.close()
     uid_of = dict(zip(order, uids, strict=True))
     out.extend(said[uid_of[i]] for i in range(len(prompts)))
-
-
-def _together(model: nn.Module, length: int) -> int:
-    """How many sequences of so many tokens; keys and values are taken to be as wide as what goes between the layers."""
-    each = 2 * len(model.layers) * hidden_bytes(model, length)
-    return max(FEWEST, min(MOST, CACHED_BYTES // max(1, each)))
 
 
 def answer(
