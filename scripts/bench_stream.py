@@ -244,9 +244,8 @@ async def run(flags: Flags, stream: Stream, seed: int) -> dict[str, Any]:
 async def judge(flags: Flags, count: int, seed: int, names: str) -> dict[str, Any]:
     """Verdicts on `count` updates of each kind, in mixed order; what is rejected is not gone on from."""
     rng = random.Random(2000 + seed)
-    people = rng.sample(
-        NAMES[names], 4 * count
-    )  # the poisoned ones may be about the same people: nothing of them stays
+    # the poisoned ones may be about the same people: nothing of them stays
+    people = rng.sample(NAMES[names], 4 * count)
     good = [world.facts(people[4 * i : 4 * i + 4]) for i in range(count)]
     bad = [poison(world.facts(rng.sample(NAMES[names], 4)), rng) for _ in range(count)]
     order = [*((pairs, False) for pairs in good), *((pairs, True) for pairs in bad)]

@@ -36,9 +36,8 @@ async def update(request: Request) -> Response:
     """Accept examples for training; they are durable once this answers."""
     service = service_of(request)
     raw = await read_body(request, service.config.server)
-    examples, tags = await asyncio.to_thread(
-        parse_update, raw, service.config.server.max_body_mb
-    )  # thousands take seconds
+    # in a thread: thousands take seconds
+    examples, tags = await asyncio.to_thread(parse_update, raw, service.config.server.max_body_mb)
     key = request.headers.get("idempotency-key")
     if key is not None and not 1 <= len(key) <= 255:
         raise InvalidRequest("The Idempotency-Key must have 1 to 255 characters.")
