@@ -247,14 +247,14 @@ class Preparation:
         asked.forget_learnt(line)
 
     def _kept_bytes(self, rows: Sequence[Encoded]) -> int:
-        """At most, of what the layers below the lowest adapted one make of `rows`."""
+        """At most, of what the prefix makes of `rows`."""
         if not self._below_bytes or not lowest_adapted(self._base.module, self._targets):
             return 0
         return min(2 * self._below_bytes, memory.hidden_bytes(self._base.module, sum(len(r.tokens) for r in rows)))
 
     @property
     def _below_bytes(self) -> int:
-        """What may be kept of the layers below the lowest adapted one: of rows learnt, and again of rows rehearsed."""
+        """What may be kept of what the prefix makes: of rows learnt, and again of rows rehearsed."""
         return int(self._settings.prefix_cache_mb * 2**20) if self._settings.slice_ms > 0 else 0
 
     def _shared(self) -> ComputeGradients | None:

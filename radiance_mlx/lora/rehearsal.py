@@ -206,7 +206,7 @@ class Rehearsal:
     """What is rehearsed while one batch is learnt: `rows` rows of one source in each optimizer step, in `turns`.
 
     Rows of two sources in one step are mostly of two widths, and cost two passes over the weights. With `row_targets`
-    no more targets than that come of a row at a time: it is divided into parts, and each time another one is drawn.
+    no more targets than that come of a row at a time: it is divided into parts, and one is drawn each time.
     """
 
     def __init__(
