@@ -1,13 +1,19 @@
 """Loads OpenBLAS ahead of MLX where Linux has it: the Linux wheel's own BLAS is some 30 times slower.
 
 MLX takes the first BLAS that its process has loaded, so this must come before `mlx`. Every room that uses MLX
-imports it in its `__init__`; it is the whole purpose of this module to be imported.
+imports it in its `__init__`.
 """
 
 import contextlib
 import ctypes
 import sys
 
+_library: ctypes.CDLL | None = None
 if sys.platform == "linux":
     with contextlib.suppress(OSError):
-        ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+        _library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+
+
+def threads() -> int:
+    """How many threads OpenBLAS divides a product among; 0 without OpenBLAS."""
+    return int(_library.openblas_get_num_threads()) if _library is not None else 0

@@ -49,8 +49,10 @@ async def _evaluate(
     anchors: dict[str, Any],
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    here = loaded.config.training.model_copy(update={"distributed": "off"})
-    config = loaded.config.model_copy(update={"training": here})
+    config = loaded.config
+    training = config.training.model_copy(update={"distributed": "off"})
+    rehearsal = config.rehearsal.model_copy(update={"ask_ahead": False})
+    config = config.model_copy(update={"training": training, "rehearsal": rehearsal})
     engine = EngineThread(config, loaded.home, lambda error: None)
     try:
         facts = await engine.start()

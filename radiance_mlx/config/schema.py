@@ -124,6 +124,8 @@ class TrainingSection(Section):
     mask_prompt: bool = True
     max_seq_length: Annotated[int, Field(ge=8, le=MANY)] = 2048
     stop_loss: Factor | None = None
+    extensions: Annotated[int, Field(ge=0, le=100)] = 0
+    learnt_loss: Factor = 0.05
     grad_checkpoint: bool = False
     seed: Seed = 0
     slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
@@ -135,6 +137,11 @@ class TrainingSection(Section):
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     eval_holdout: bool = False
     patience: NotNegative = 0
+
+    @property
+    def prefix_bytes(self) -> int:
+        """What may be kept of what lies below the adapted modules: of rows learnt, and again of rows rehearsed."""
+        return int(self.prefix_cache_mb * 2**20) if self.slice_ms > 0 else 0
 
     @field_validator("eval_fraction")
     @classmethod
@@ -188,6 +195,7 @@ class RehearsalSection(Section):
     sample_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     neighbours: Annotated[int, Field(ge=1, le=1000)] = 6
     rewording: bool = False
+    ask_ahead: bool = True
 
 
 class ReconsolidateSection(Section):
@@ -275,6 +283,7 @@ class ServingSection(Section):
     max_context: Positive | None = None
     merge_toward_base: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     fuse: Annotated[Literal["auto", "off", "always"], BeforeValidator(_off_is_a_word)] = "auto"
+    pad_rows: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
 
 
 class MemorySection(Section):
@@ -333,6 +342,8 @@ class Config(BaseSettings):
             )
         if self.training.slice_ms == 0 and self.training.distributed != "off":
             raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) cannot be training.distributed")
+        if self.training.slice_ms == 0 and self.training.extensions:
+            raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) knows no training.extensions")
         lasting = self.replay.fraction > 0 or self.rehearsal.kl_weight > 0 or self.rehearsal.rewording
         if self.training.slice_ms == 0 and lasting:
             raise ValueError("training.slice_ms: 0 (mlx-lm's own train loop) knows no replay and no rehearsal")

@@ -124,12 +124,14 @@ class Asked:
         yield from self.taught_by(said, out)
         _save(place, out, facts, self.depth)
 
-    def recall(self, wordings: Wordings) -> None:
-        """Give back what has been asked before; a file that cannot be read, or of other questions, is not there."""
+    def recall(self, wordings: Wordings) -> bool:
+        """Give back what has been asked before, if it is there: whole, and of the same questions."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             kept = json.loads(self._wordings.read_text(encoding="utf-8"))
             if kept["names"] == wordings.names and kept["asked_with"] == self.asked_with:
                 wordings.recall(kept["answers"])
+                return True
+        return False
 
     def remember(self, wordings: Wordings) -> None:
         """Keep the base's answers to its own wordings: they are the same for every update."""

@@ -28,11 +28,13 @@ from ..lora.ranks import Ranks
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
 from . import backend as backends
+from .ahead import AskingAhead
 from .backend import Backend
 from .decoder import Decoder, Sink
 from .fused import FusedStable
 from .measuring import Measurements, MeasuringTask
 from .model import load_base
+from .padding import grain_here, pad_rows
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
 from .training import TrainingTask
@@ -58,7 +60,9 @@ class Engine:
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
         batched = decodes_in_batches(tree)
-        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room)
+        grain = grain_here() if config.serving.pad_rows == "auto" else 1
+        pad_rows(tree, grain)
+        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, grain)
         self._decoder = Decoder(
             self._base,
             tree,
@@ -71,6 +75,7 @@ class Engine:
             fused=self._fused,
         )
         self._planner = Planner(config.training.share)
+        self._ahead = AskingAhead(self._base, self._targets, self._encoder, config, home)
         self._task: TrainingTask | MeasuringTask | None = None
         self._done: Callable[[Any], None] | None = None
         self._trained: tuple[str, int, Callable[[], AdapterWeights]] | None = None
@@ -135,6 +140,7 @@ class Engine:
             **self._decoder.facts(),
             **self._fused.facts(),
             **(self._ranks.facts() if self._ranks else {}),
+            "asking_ahead": self._ahead.pending,
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
             "cache_memory_bytes": mx.get_cache_memory(),
@@ -244,7 +250,9 @@ class Engine:
 
     def step(self) -> bool:
         """Do one thing; False if there was nothing to do."""
-        action = self._planner.next(Load(self._decoder.load, self._task is not None or self._fused.pending))
+        requests = self._decoder.load
+        background = self._task is not None or self._fused.pending or (self._ahead.pending and not requests)
+        action = self._planner.next(Load(requests, background))
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
@@ -271,6 +279,9 @@ class Engine:
         if self._fused.pending:  # soon done, and whoever asks is answered the faster
             self._fused.slice(seconds)
             return
+        if self._ahead.pending and (task is None or task.needs_base_asked):
+            self._ahead.slice(seconds)
+            return
         assert task is not None
         before = task.step if isinstance(task, TrainingTask) else 0
         outcome: Any
@@ -288,6 +299,7 @@ class Engine:
     def stop(self) -> None:
         """Keep the state of the batch in training, end all requests."""
         self._decoder.drain()
+        self._ahead.stop()
         if isinstance(self._task, TrainingTask):
             if self._config.training.slice_ms > 0:
                 self._task.keep_state(wait=True)

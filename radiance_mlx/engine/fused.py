@@ -22,6 +22,7 @@ from ..lora.bank import AdapterWeights, Bank
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import fold, folded_bytes, rounding
+from .padding import pad_rows
 from .slices import Slices
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,15 @@ class FusedStable:
     """Belongs to the engine's thread. `tree` answers for the checkpoint `name`, once it is there."""
 
     def __init__(
-        self, base: nn.Module, bank: Bank, mode: Literal["auto", "off", "always"], room: Callable[[], int]
+        self,
+        base: nn.Module,
+        bank: Bank,
+        mode: Literal["auto", "off", "always"],
+        room: Callable[[], int],
+        grain: int = 1,
     ) -> None:
-        """`room` tells how many bytes may still be taken for it."""
+        """`room` tells how many bytes may still be taken for it; `grain` is what rows are padded to."""
+        self._grain = grain
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
         self._worth: bool | None = None  # as far as it has been measured
@@ -118,6 +125,7 @@ class FusedStable:
         tree = copy.deepcopy(self._base)
         tree.update_modules(tree_unflatten(folded))
         tree.eval()
+        pad_rows(tree, self._grain)
         self.name, self.tree, self.why_not = name, tree, ""
 
     def _measure(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> Iterator[Piece]:

@@ -8,16 +8,20 @@ anchors; and the lesson in the base's own other wordings (`rewording`). Preparin
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ..config import Config
 from ..config.schema import RehearsalSection, ReplaySection
-from ..lora.encoding import Encoded, Messages
+from ..lora.encoding import ChatEncoder, Encoded, Messages
 from ..lora.log import LOOKED_AT, still_true
 from ..lora.neighbours import Names, names_in, neighbours
 from ..lora.rehearsal import Rehearsal, Rehearsed, Source
 from ..lora.replay import Replay, reservoir
 from ..lora.step import Piece
+from ..lora.targets import Targets
 from ..messages import Example
 from .asked import Asked
+from .model import BaseModel
 from .rewording import Wordings
 from .speaking import answer
 
@@ -54,7 +58,7 @@ class Lasting:
     """
 
     def __init__(self, base: Asked, replay: ReplaySection, rehearsal: RehearsalSection) -> None:
-        self._base, self._replay, self._settings = base, replay, rehearsal
+        self.base, self._replay, self._settings = base, replay, rehearsal
         self.examples: list[Encoded] = []
         self.origins: list[int] = []
         self.kept: list[int] = []
@@ -65,17 +69,35 @@ class Lasting:
         self._own: list[Rehearsed] = []
         self._near: list[Rehearsed] = []
 
-    @staticmethod
-    def wanted(replay: ReplaySection, rehearsal: RehearsalSection) -> bool:
-        """Whether any switch is on."""
-        return replay.fraction > 0 or rehearsal.kl_weight > 0 or rehearsal.rewording
+    @classmethod
+    def of(
+        cls, base: BaseModel, targets: Targets, encoder: ChatEncoder, config: Config, home: Path
+    ) -> "Lasting | None":
+        """By this configuration, with what is kept under `home`; None if no switch is on."""
+        replay, rehearsal = config.replay, config.rehearsal
+        if not (replay.fraction > 0 or rehearsal.kl_weight > 0 or rehearsal.rewording):
+            return None
+        place, parts = home / "state" / "rehearsal", (base.module, base.vocab_size, encoder, targets)
+        asked = Asked(*parts, place, base.fingerprint, hidden_bytes=config.training.prefix_bytes)
+        return cls(asked, replay, rehearsal)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the base is asked what does not depend on a lesson."""
+        return self._settings.rewording or self._uses("self") or self._uses("neighbours")
+
+    def ask_ahead(self, longest: int) -> Iterator[Piece]:
+        """Ask the base what does not depend on a lesson, and keep it; wordings' prompts have `longest` tokens at most."""
+        self.base.sweep()
+        if self.asks:
+            yield from self.base.samples(self._settings, self._own)
+        if self._settings.rewording:
+            yield from self._ask_wordings(longest)
 
     def prepare(self, lesson: Lesson, anchors: Sequence[Encoded]) -> Iterator[Piece]:
         """Ask the base what has to be asked. The same lesson gives the same rows, also after an interruption."""
-        self._base.sweep()
+        yield from self.ask_ahead(lesson.max_tokens)
         self.kept = list(range(len(lesson.examples)))
-        if self._settings.rewording or self._uses("self") or self._uses("neighbours"):
-            yield from self._base.samples(self._settings, self._own)
         if self._settings.rewording:
             yield from self._reword(lesson)
         if self._replay.fraction > 0:
@@ -114,12 +136,24 @@ class Lasting:
             yield Piece([], barrier=True)
 
     def _encoded(self, example: Example, lesson: Lesson) -> Encoded:
-        return self._base.encoder.example(example, mask_prompt=lesson.mask_prompt, max_tokens=lesson.max_tokens)
+        return self.base.encoder.example(example, mask_prompt=lesson.mask_prompt, max_tokens=lesson.max_tokens)
 
     def _uses(self, source: str) -> bool:
         return self._settings.kl_weight > 0 and source in self._settings.sources
 
     # --- the base's own wordings ---------------------------------------------------------------------
+
+    def _ask_wordings(self, longest: int) -> Iterator[Piece]:
+        """Find the base's own wordings in what it says by itself, and have its answers to them."""
+        base, said = self.base, list[str]()
+        for row in self._own:
+            said += base.turns(base.text(row.row))[:1]
+            yield Piece([], barrier=True)
+        self._wordings = wordings = Wordings(said, base.count)
+        there, known = base.recall(wordings), len(wordings.answers)
+        yield from wordings.ask(base.module, base.encoder, [], longest=longest)
+        if not there or len(wordings.answers) > known:
+            base.remember(wordings)
 
     def _reword(self, lesson: Lesson) -> Iterator[Piece]:
         """Say the lesson's examples in the base's other wordings; what a later example asks, that one answers.
@@ -128,16 +162,9 @@ class Lasting:
         so that no prompt gets a second answer here. What has been posted stays as it is; but in a reconsolidation,
         where the examples are the log, one that a later example asks again in another wording is not learnt at all.
         """
-        base = self._base
-        said: list[str] = []
-        for row in self._own:
-            said += base.turns(base.text(row.row))[:1]
-            yield Piece([], barrier=True)
-        self._wordings = wordings = Wordings(said, base.count)
-        base.recall(wordings)
-        asked = [e.messages[0][1] for e in lesson.examples if _is_pair(e)]
-        yield from wordings.ask(base.module, base.encoder, asked, longest=lesson.max_tokens)
-        base.remember(wordings)
+        assert self._wordings is not None
+        base, asked = self.base, [e.messages[0][1] for e in lesson.examples if _is_pair(e)]
+        yield from self._wordings.ask(base.module, base.encoder, asked, longest=lesson.max_tokens)
         if lesson.reconsolidated:
             self.kept.clear()
             yield from self._still_true(lesson.examples, (), self.kept)
@@ -164,7 +191,7 @@ class Lasting:
     # --- rehearsal -----------------------------------------------------------------------------------
 
     def _rehearse(self, lesson: Lesson, anchors: Sequence[Encoded]) -> Iterator[Piece]:
-        sources, base, names = dict[str, Source](), self._base, Names()
+        sources, base, names = dict[str, Source](), self.base, Names()
         yield from names_in([text for e in (*lesson.log, *lesson.examples) for text in _asked(e)], base.count, names)
         own: list[Rehearsed] = []
         for row in self._own:
@@ -191,7 +218,7 @@ class Lasting:
 
         A reconsolidation forgets none: it may be put aside, and updates go on without it.
         """
-        base, line = self._base, lesson.line[:CARRIED]
+        base, line = self.base, lesson.line[:CARRIED]
         fresh: list[Rehearsed] = []
         yield from self._fresh(lesson, own, fresh)
         if not lesson.reconsolidated:
@@ -207,7 +234,7 @@ class Lasting:
 
     def _fresh(self, lesson: Lesson, own: Sequence[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append to `out` the lesson's neighbours: prompts that leave room for an answer, and what the base says."""
-        base, answers = self._base, self._settings.sample_tokens
+        base, answers = self.base, self._settings.sample_tokens
         room = lesson.max_tokens - answers
         asked: list[Messages] = []
         wordings = 0

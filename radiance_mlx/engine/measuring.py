@@ -66,6 +66,11 @@ class MeasuringTask:
         yield from self._meter.metrics(tree, install_head(tree.module, self._base.vocab_size), parent, found)
         self._results.append(found)
 
+    @property
+    def needs_base_asked(self) -> bool:
+        """Whether what is asked ahead of updates is to come first."""
+        return False
+
     def slice(self, seconds: float) -> Measurements | None:
         """Work for about `seconds`; the results when all is done."""
         if not self._slices.run(seconds):

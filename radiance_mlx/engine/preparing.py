@@ -27,7 +27,6 @@ from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.tree import TrainingTree, make_tree
 from ..messages import TrainBatch
-from .asked import Asked
 from .lasting import CARRIED, Lasting, Lesson
 from .model import BaseModel
 
@@ -35,15 +34,17 @@ from .model import BaseModel
 def fitted(config: Config, batch: TrainBatch, context: int) -> Config:
     """`config` for this batch and model.
 
-    A reconsolidation replays nothing, for its batch is the log, and holds nothing out, for all of it was learnt before.
-    The batch's own terms go before the configuration.
+    A reconsolidation replays nothing, for its batch is the log, and holds nothing out, for all of it was learnt before;
+    its steps are as many as its own section says. The batch's own terms go before the configuration: steps of so many
+    epochs are not extended.
     """
     training = {
         "max_seq_length": min(config.training.max_seq_length, context),
         "max_steps": batch.max_steps or config.training.max_steps,
         **_by_terms(config, batch),
     }
-    whole = {"eval_fraction": 0.0, "eval_holdout": False, "patience": 0} if batch.reconsolidated else {}
+    off = {"eval_fraction": 0.0, "eval_holdout": False, "patience": 0, "extensions": 0}
+    whole = off if batch.reconsolidated else {}
     return config.model_copy(
         update={
             "training": config.training.model_copy(update={**training, **whole}),
@@ -67,6 +68,7 @@ def _by_terms(config: Config, batch: TrainBatch) -> dict[str, Any]:
         step = fit_to_data(settings.model_copy(update=found), len(batch.examples))
         rows = step.batch_size * step.grad_accumulation_steps
         own = 1.0 - config.replay.fraction if batch.replayable else 1.0  # of a step's rows
+        found["extensions"] = 0
         found["max_steps"] = math.ceil(terms.epochs * len(batch.examples) / (rows * own))
     return found
 
@@ -98,13 +100,8 @@ class Preparation:
         self._config, self._settings, self._home, self._batch = config, config.training, home, batch
         self._rehearsed, self._on_step, self._make_room = rehearsed, on_step, make_room
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
-        self._lasting: Lasting | None = None
-        self._asked: Asked | None = None
-        if Lasting.wanted(config.replay, config.rehearsal):
-            place, below = home / "state" / "rehearsal", self._below_bytes
-            parts = (base.module, base.vocab_size, encoder, targets)
-            self._asked = Asked(*parts, place, base.fingerprint, hidden_bytes=below)
-            self._lasting = Lasting(self._asked, config.replay, config.rehearsal)
+        self._lasting = Lasting.of(base, targets, encoder, config, home)
+        self._asked = self._lasting.base if self._lasting else None
         self.examples: list[Encoded] = []
         self.notes = list(batch.notes)
         self.head: TargetRows | None = None
@@ -222,9 +219,9 @@ class Preparation:
         come += replay.refocus * len(replay.examples) if replay else 0
         tokens = sum(len(row.tokens) for row in rows)
         if come >= 2 * len(rows):
-            install_prefix(tree, tokens, self._below_bytes)
+            install_prefix(tree, tokens, self._settings.prefix_bytes)
         if tree.prefix is None and rehearsal and rehearsal.begun:
-            install_prefix(tree, tokens, self._below_bytes, keeps=False)
+            install_prefix(tree, tokens, self._settings.prefix_bytes, keeps=False)
         if rehearsal and tree.prefix and self._asked and tree.prefix.depth != self._asked.depth:
             rehearsal.forget_hidden()
 
@@ -248,14 +245,11 @@ class Preparation:
 
     def _kept_bytes(self, rows: Sequence[Encoded]) -> int:
         """At most, of what the prefix makes of `rows`."""
-        if not self._below_bytes or not lowest_adapted(self._base.module, self._targets):
+        if not self._settings.prefix_bytes or not lowest_adapted(self._base.module, self._targets):
             return 0
-        return min(2 * self._below_bytes, memory.hidden_bytes(self._base.module, sum(len(r.tokens) for r in rows)))
-
-    @property
-    def _below_bytes(self) -> int:
-        """What may be kept of what the prefix makes: of rows learnt, and again of rows rehearsed."""
-        return int(self._settings.prefix_cache_mb * 2**20) if self._settings.slice_ms > 0 else 0
+        return min(
+            2 * self._settings.prefix_bytes, memory.hidden_bytes(self._base.module, sum(len(r.tokens) for r in rows))
+        )
 
     def _shared(self) -> ComputeGradients | None:
         """How the step's gradients are computed with other machines; None: here."""

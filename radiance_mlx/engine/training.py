@@ -157,6 +157,11 @@ class TrainingTask:
         """Whether there are weights to answer from."""
         return self._prepared is not None
 
+    @property
+    def needs_base_asked(self) -> bool:
+        """Whether what is asked ahead of updates is to come first: it would be asked for this one."""
+        return not self._cancelled.is_set()
+
     def live(self) -> AdapterWeights:
         """The weights as they are now."""
         return self._trainer.tree.adapter()
@@ -179,15 +184,27 @@ class TrainingTask:
         yield Piece([], barrier=True)
         if self._evaluation:
             yield from self._evaluation.before(trainer, self._preparation.examples, self._known_before)
-        yield from trainer.run() if self._sliced else run_whole(trainer, self._after_step)
+        yield from self._learn(trainer)
         self._phase = "evaluating"
         self._report(self._progress())
-        trainer.tree.set_scale(self._served_scale)
-        yield from trainer.evaluate_all(self._final)
         if self._evaluation:
             yield from self._evaluate(self._evaluation)
         if self.batch.validation:
             yield from self._validate()
+
+    def _learn(self, trainer: Trainer) -> Iterator[Piece]:
+        """Train, and measure the loss of what answers; train on while that is too high and there are extensions."""
+        while True:
+            trainer.tree.set_scale(self._config.lora.scale)
+            yield from trainer.run() if self._sliced else run_whole(trainer, self._after_step)
+            trainer.tree.set_scale(self._served_scale)
+            yield from trainer.evaluate_all(self._final)
+            done = trainer.step
+            if not trainer.extend(self._final[-1]):
+                return
+            self._notes.append(
+                f"not learnt in {done} steps (loss {self._final[-1]:.3g}): {trainer.total_steps - done} more"
+            )
 
     def _validate(self) -> Iterator[Piece]:
         """The loss of examples that were not learnt."""

@@ -65,6 +65,8 @@ class Holdout:
         #: of the originals, those that are never trained on
         self.never_trained = sorted({origins[i] for i in out}) if settings.eval_holdout else []
         self.second_from: int | None = None
+        #: how often the steps have been, or are being, run once more
+        self.extensions = 0
         self.best: Best | None = None
 
     @property
@@ -84,12 +86,14 @@ class Holdout:
         """Optimizer steps of the first phase, unless it ends early."""
         steps = self._settings.max_steps
         if not self.has_second:
-            return steps
+            return steps * (1 + self.extensions)
         return min(max(1, round(steps * (1.0 - self._settings.eval_fraction))), steps - 1)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of both phases, as far as is known by now."""
+        if not self.has_second:
+            return self.first_steps
         return self._settings.max_steps if self.second_from is None else self.second_from + self.second_steps
 
     @property

@@ -162,6 +162,7 @@ class Trainer:
             "seconds": self._seconds,
             "second_from": self.holdout.second_from,
             "finished_early": self.finished_early,
+            "extensions": self.holdout.extensions,
             "has_best": self.holdout.best is not None,
             "focuses": sorted(self._focuses.items()),
         }
@@ -194,6 +195,7 @@ class Trainer:
             raise TrainingFailed("The saved state lacks the weights of the best evaluation.")
         self.holdout.best = Best.from_arrays(best) if best else None
         self.holdout.second_from = progress["second_from"]
+        self.holdout.extensions = int(progress["extensions"])
         self.finished_early = str(progress["finished_early"])
         self._focuses.update((int(step), list(places)) for step, places in progress["focuses"])
         self.step = int(progress["step"])
@@ -210,6 +212,18 @@ class Trainer:
             yield from self._first_phase(rehearsed)
         if self.holdout.second_from is not None:
             yield from self._second_phase(self.holdout.second_from, rehearsed)
+
+    def extend(self, loss: float) -> bool:
+        """Whether `run` is to go on, for `loss`, the mean over all that is learnt, tells that it is not learnt yet.
+
+        It then takes as many steps again, at the same rates. A run with a second phase has no more.
+        """
+        settings, holdout = self.settings, self.holdout
+        done = holdout.has_second or self.finished_early or holdout.extensions >= settings.extensions
+        if done or loss <= settings.learnt_loss:
+            return False
+        holdout.extensions += 1
+        return True
 
     def _first_phase(self, rehearsed: Iterator[list[Begun]]) -> Iterator[Piece]:
         """Everything, or all but the held-out rows. What follows the last piece is done at once, or once more."""
@@ -281,7 +295,8 @@ class Trainer:
         replay = self._replay_first
         if replay is None or not replay.active or self.step in self._focuses:
             return
-        if self.step in focus_steps(replay.refocus, self.holdout.first_steps):
+        steps = self.holdout.first_steps if self.holdout.has_second else self.settings.max_steps
+        if self.step % self.settings.max_steps in focus_steps(replay.refocus, steps):
             losses: list[float] = []
             yield from row_losses(self.tree, self._head, replay.examples, losses)
             self._focuses[self.step] = hardest(losses, self.args.batch_size * self.args.grad_accumulation_steps)
@@ -308,7 +323,7 @@ class Trainer:
             grads = dict(grads)
             yield from self._rehearsal_pieces(rehearsed, len(batches), grads, row)
             tokens += sum(_tokens(batch) for batch, _ in rehearsed)
-        rate = learning_rate(self.step, self.settings)
+        rate = learning_rate(self.step % self.settings.max_steps, self.settings)
         nested, norm = optim.clip_grad_norm(unflatten(grads), self.settings.clip_norm or math.inf)
         yield Piece([loss, norm], barrier=True)
         self._check_finite(loss.item(), norm.item())
@@ -392,7 +407,7 @@ class Trainer:
             return
         if self.holdout.held:
             yield from self._evaluate_held_out()
-        elif self.step < self.settings.max_steps:
+        elif self.step < self.total_steps:
             yield from self._evaluate_sample()
 
     def _evaluate_sample(self) -> Iterator[Piece]:

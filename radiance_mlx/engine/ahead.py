@@ -1,0 +1,53 @@
+"""What is asked of the base for every update alike, asked while nothing else is to be done: at the start, as a rule.
+
+Engine's work like folding and training, in slices, but the last of all: requests need not share the time with it. A
+batch that comes meanwhile needs the same, so it waits for it and loses nothing by that.
+"""
+
+import gc
+import logging
+from pathlib import Path
+
+from ..config import Config
+from ..errors import RadianceError
+from ..lora.encoding import ChatEncoder
+from ..lora.targets import Targets
+from . import backend
+from .lasting import Lasting
+from .model import BaseModel
+from .slices import Slices
+
+log = logging.getLogger(__name__)
+
+
+class AskingAhead:
+    """Belongs to the engine's thread. There is nothing to do where no switch needs it, or without `ask_ahead`."""
+
+    def __init__(self, base: BaseModel, targets: Targets, encoder: ChatEncoder, config: Config, home: Path) -> None:
+        self._slices: Slices | None = None
+        lasting = Lasting.of(base, targets, encoder, config, home) if config.rehearsal.ask_ahead else None
+        if lasting is not None and lasting.asks:
+            longest = min(config.training.max_seq_length, base.context)
+            self._slices = Slices(lasting.ask_ahead(longest), lambda: None)
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is still to be asked."""
+        return self._slices is not None
+
+    def slice(self, seconds: float) -> None:
+        """Ask for about `seconds`. A fault is logged: the update that needs the answers asks again."""
+        assert self._slices is not None
+        try:
+            if not self._slices.run(seconds):
+                return
+        except Exception as error:
+            message = error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
+            log.warning("the base could not be asked ahead of updates: %s", message)
+        self.stop()
+
+    def stop(self) -> None:
+        """Let go of it; what has been asked to its end is on disk."""
+        self._slices = None
+        gc.collect()
+        backend.release_memory()
