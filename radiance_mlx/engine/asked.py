@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +20,10 @@ from ..config.schema import RehearsalSection
 from ..errors import CheckpointDamaged
 from ..lora.encoding import ChatEncoder, Encoded
 from ..lora.head import install_head
-from ..lora.kept import load_kept, save_kept
+from ..lora.kept import load_kept, parts_of, save_kept
 from ..lora.prefix import install_prefix
 from ..lora.rehearsal import (
+    HIDDEN,
     Rehearsed,
     begin,
     load_rows,
@@ -122,7 +124,7 @@ class Asked:
             out=said,
         )
         yield from self.taught_by(said, out)
-        _save(place, out, facts, self.depth)
+        yield from _save(place, out, facts, self.depth)
 
     def recall(self, wordings: Wordings) -> bool:
         """Give back what has been asked before, if it is there: whole, and of the same questions."""
@@ -153,44 +155,38 @@ class Asked:
         if facts == {"asked_with": self.asked_with}:
             yield from self._begun(place, rows, out)
 
-    def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> None:
+    def keep_near(self, checkpoint: str, rows: Sequence[Rehearsed]) -> Iterator[Piece]:
         """Keep the neighbours of an update for those after it."""
-        _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self.depth)
+        yield from _save(self.folder / "near" / checkpoint, rows, {"asked_with": self.asked_with}, self.depth)
 
     def learnt(self, line: Sequence[str], wanted: Collection[bytes]) -> Iterator[dict[bytes, mx.array]]:
-        """What a prefix makes of the rows that earlier updates have learnt, one update after the other."""
+        """What a prefix makes of the rows that earlier updates have learnt, one part after the other."""
         for checkpoint in line:
-            yield load_kept(self._learnt(checkpoint), self.depth, self._limit, wanted)
+            yield from load_kept(self.folder / "learnt" / checkpoint, self.depth, self._limit, wanted)
 
-    def keep_learnt(self, checkpoint: str, kept: Mapping[bytes, mx.array]) -> None:
+    def keep_learnt(self, checkpoint: str, kept: Mapping[bytes, mx.array]) -> Iterator[Piece]:
         """Keep it of the rows that an update was the first to need, for those after it that replay them."""
-        file = self._learnt(checkpoint)
-        with _kept_if_possible(file):
-            if kept:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_kept(file, kept, self.depth)
-
-    def forget_learnt(self, others: Collection[str]) -> None:
-        """Delete what was kept of the rows of all updates but these."""
-        names = {self._learnt(checkpoint).name for checkpoint in others}
-        for file in (self.folder / "learnt").glob("*"):
-            if file.name not in names:
-                with contextlib.suppress(OSError):
-                    file.unlink()
-
-    def _learnt(self, checkpoint: str) -> Path:
-        return self.folder / "learnt" / f"{checkpoint}.safetensors"
+        place = self.folder / "learnt" / checkpoint
+        with _kept_if_possible(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            for _ in save_kept(place, kept, self.depth):
+                yield Piece([], barrier=True)
 
     def _begun(self, place: Path, rows: list[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append `rows` to `out`, with `hidden` while there is room: as it was kept in `place`, or made again."""
-        found = with_hidden(place, rows, self.depth, self._room) if self.depth else rows
+        found = rows
+        if self.depth:
+            found = []
+            yield from with_hidden(place, rows, self.depth, self._room, found)
         if self.depth and found and found[0].hidden is None:
             tree = self._tree(sum(len(r.row.tokens) for r in rows))
             if tree.prefix is not None:
                 found = []
                 yield from begin(tree, rows, found)
                 with _kept_if_possible(place):
-                    save_hidden(place, found, self.depth)
+                    for file in parts_of(place / HIDDEN):
+                        file.unlink()
+                    yield from save_hidden(place, found, self.depth)
         self._room -= _hidden_bytes(found)
         out += found
 
@@ -200,12 +196,12 @@ class Asked:
             with contextlib.suppress(OSError):
                 remove_unfinished(folder)
 
-    def keep_only(self, checkpoints: Collection[str]) -> None:
-        """Delete the neighbours of all updates but these."""
-        near = self.folder / "near"
-        for folder in near.iterdir() if near.is_dir() else ():
-            if folder.name not in checkpoints:
-                shutil.rmtree(folder, ignore_errors=True)
+    def keep_only(self, kind: Literal["near", "learnt"], checkpoints: Collection[str]) -> None:
+        """Delete the neighbours of all updates but these, or what was kept of the rows that they learnt."""
+        for entry in (self.folder / kind).glob("*"):
+            if entry.name.split(".")[0] not in checkpoints:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     @property
     def _wordings(self) -> Path:
@@ -227,13 +223,13 @@ class Asked:
         return min(len(encode(text, add_special_tokens=False)) for text in (word, " " + word))
 
 
-def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], depth: str) -> None:
+def _save(place: Path, rows: Sequence[Rehearsed], facts: Mapping[str, object], depth: str) -> Iterator[Piece]:
     """Whole or not at all; where it cannot be written, nothing is kept."""
     with _kept_if_possible(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         written = unfinished(place.parent, place.name)
         save_rows(written, rows, facts)
-        save_hidden(written, rows, depth)
+        yield from save_hidden(written, rows, depth)
         replace_folder(written, place)
 
 

@@ -87,7 +87,7 @@ class Lasting:
         return self._settings.rewording or self._uses("self") or self._uses("neighbours")
 
     def ask_ahead(self, longest: int) -> Iterator[Piece]:
-        """Ask the base what does not depend on a lesson, and keep it; wordings' prompts have `longest` tokens at most."""
+        """Ask the base what does not depend on a lesson, and keep it; prompts of more than `longest` tokens are not."""
         self.base.sweep()
         if self.asks:
             yield from self.base.samples(self._settings, self._own)
@@ -222,7 +222,7 @@ class Lasting:
         fresh: list[Rehearsed] = []
         yield from self._fresh(lesson, own, fresh)
         if not lesson.reconsolidated:
-            base.keep_only({*line, lesson.checkpoint})
+            base.keep_only("near", {*line, lesson.checkpoint})
         for checkpoint in reversed(line):
             carried: list[Rehearsed] = []
             yield from base.near(checkpoint, carried)
@@ -230,7 +230,7 @@ class Lasting:
             self._near += [row for row in carried if not names.occur_in(base.text(row.row))]
             yield Piece([], barrier=True)
         self._near += fresh
-        base.keep_near(lesson.checkpoint, fresh)
+        yield from base.keep_near(lesson.checkpoint, fresh)
 
     def _fresh(self, lesson: Lesson, own: Sequence[Rehearsed], out: list[Rehearsed]) -> Iterator[Piece]:
         """Append to `out` the lesson's neighbours: prompts that leave room for an answer, and what the base says."""

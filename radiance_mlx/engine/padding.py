@@ -1,8 +1,9 @@
 """A batch's products on the CPU, padded to as many rows as OpenBLAS multiplies best.
 
-It divides a product among its threads by blocks of rows, and rows that do not fill the blocks cost more than those that
-do: with two threads, the products of a decoding step took 21 ms for 8 rows, 33 for 12 and 17 for 16 (docs/benchmarks.md).
-Rows of zeros are put below the others and left out of what comes out, linear by linear: nothing else has more to do.
+It divides a product among its threads by blocks of rows, and rows that do not fill the blocks cost more than those
+that do: with two threads, the products of a decoding step took 21 ms for 8 rows, 33 for 12 and 17 for 16
+(docs/benchmarks.md). Rows of zeros are put below the others and left out of what comes out, linear by linear: nothing
+else has more to do.
 """
 
 from collections.abc import Callable

@@ -240,8 +240,8 @@ class Preparation:
             yield Piece([], barrier=True)
         new = prefix.missing(rows)
         yield from prefix.fill(rows)
-        asked.keep_learnt(batch.checkpoint, prefix.part(new))
-        asked.forget_learnt(line)
+        yield from asked.keep_learnt(batch.checkpoint, prefix.part(new))
+        asked.keep_only("learnt", line)
 
     def _kept_bytes(self, rows: Sequence[Encoded]) -> int:
         """At most, of what the prefix makes of `rows`."""

@@ -40,7 +40,7 @@ TOP = 64
 TOGETHER, REHEARSED_TOGETHER = 1024, 512
 #: tell this order, and which part of a row comes, from what else is drawn from the same (seed, batch number)
 _ROWS, _PARTS = 4, 5
-ROWS_FILE, ARRAYS_FILE, HIDDEN_FILE = "rehearsal.json", "rehearsal.safetensors", "hidden.safetensors"
+ROWS_FILE, ARRAYS_FILE, HIDDEN = "rehearsal.json", "rehearsal.safetensors", "hidden"
 
 #: tokens and spans as in `batches.Batch`, ids (n, K), logprobs (n, K) and tail (n,) of its n targets, and the
 #: number of targets in all micro-batches of the optimizer step
@@ -337,17 +337,25 @@ def load_rows(folder: Path) -> tuple[list[Rehearsed], dict[str, Any]]:
         raise CheckpointDamaged(f"{folder} holds no rehearsal rows: {error}") from error
 
 
-def save_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str) -> None:
+def save_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str) -> Iterator[Piece]:
     """Write beside the `rows` of `folder` what a prefix of this `depth` makes of them, if all have it."""
     hidden = {row_key(r.row.tokens[:-1]): r.hidden for r in rows if r.hidden is not None}
     if rows and all(r.hidden is not None for r in rows):
-        save_kept(folder / HIDDEN_FILE, hidden, depth)
+        for _ in save_kept(folder / HIDDEN, hidden, depth):
+            yield Piece([], barrier=True)
 
 
-def with_hidden(folder: Path, rows: Sequence[Rehearsed], depth: str, limit: int) -> list[Rehearsed]:
-    """`rows` of `folder` with what `save_hidden` wrote of them, if it is whole and fits into `limit` bytes."""
+def with_hidden(
+    folder: Path, rows: Sequence[Rehearsed], depth: str, limit: int, out: list[Rehearsed]
+) -> Iterator[Piece]:
+    """Append to `out` the `rows` of `folder` with what `save_hidden` wrote of them.
+
+    As they are, if that is not whole or does not fit into `limit` bytes.
+    """
     keys = [row_key(r.row.tokens[:-1]) for r in rows]
-    kept = load_kept(folder / HIDDEN_FILE, depth, limit, set(keys))
-    if not all(key in kept for key in keys):
-        return list(rows)
-    return [replace(r, hidden=kept[key]) for r, key in zip(rows, keys, strict=True)]
+    kept: dict[bytes, mx.array] = {}
+    for part in load_kept(folder / HIDDEN, depth, limit, set(keys)):
+        kept.update(part)
+        yield Piece([], barrier=True)
+    whole = all(key in kept for key in keys)
+    out += [replace(r, hidden=kept[key]) for r, key in zip(rows, keys, strict=True)] if whole else rows
