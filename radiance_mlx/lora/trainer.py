@@ -18,12 +18,13 @@ import numpy as np
 from mlx_lm.tuner.trainer import TrainingArgs
 
 from ..config.schema import TrainingSection
-from ..errors import NonFinite, TrainingFailed
-from .batches import Batch, batches_once, fit_to_data
+from ..errors import TrainingFailed
+from .batches import Batch, fit_to_data
 from .encoding import Encoded
 from .focus import focus_steps, hardest, row_losses
 from .head import TargetRows
 from .holdout import Best, Holdout
+from .measured import mean_loss, require_finite
 from .optimizer import learning_rate, make_optimizer, restore, state_arrays
 from .rehearsal import Begun, Rehearsal, RehearsalLoss
 from .replay import Replay, replay_stream
@@ -35,7 +36,6 @@ from .step import (
     MicroBatchResult,
     Piece,
     add_grads,
-    noted,
     own_gradients,
     unflatten,
 )
@@ -326,7 +326,7 @@ class Trainer:
         rate = learning_rate(self.step % self.settings.max_steps, self.settings)
         nested, norm = optim.clip_grad_norm(unflatten(grads), self.settings.clip_norm or math.inf)
         yield Piece([loss, norm], barrier=True)
-        self._check_finite(loss.item(), norm.item())
+        self.check_finite(loss.item(), norm.item())
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.tree.module, nested if self.settings.clip_norm else unflatten(grads))
         # counted before the next piece: whoever stops there and takes the state gets weights and step that agree
@@ -361,16 +361,9 @@ class Trainer:
         position = np.random.SeedSequence([self.settings.seed, self.number, self.step, micro])
         return mx.array(position.generate_state(2))
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        what = "loss" if not math.isfinite(loss) else "gradient"
-        step = min(self.step + 1, self.total_steps)
-        raise NonFinite(
-            f"The {what} became non-finite at step {step} (loss {loss}, gradient norm {norm}).",
-            "Lower training.lr, or keep training.clip_norm at 1.0; nothing was published.",
-            {"step": step},
-        )
+    def check_finite(self, loss: float, norm: float = 0.0) -> None:
+        """Raises `NonFinite`."""
+        require_finite(loss, norm, min(self.step + 1, self.total_steps))
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -379,23 +372,13 @@ class Trainer:
 
         `own` ones are learnt here: what the tree's prefix makes of them is kept.
         """
-        total, count = 0.0, 0
-        for batch in batches_once(examples, batch_size=self.args.batch_size, max_tokens=self.args.max_seq_length):
-            hidden: list[mx.array] = []
-            if own and self.tree.prefix is not None:
-                yield from self.tree.prefix.pieces(batch, hidden)
-            with self.tree.quiet(*hidden):
-                loss, tokens = self._loss(self.tree.module, *batch)
-            yield from noted(self.tree)
-            yield Piece([loss], barrier=True)
-            weight = int(tokens)
-            total, count = total + loss.item() * weight, count + weight
-        out.append(total / count)
+        sizes = {"batch_size": self.args.batch_size, "max_tokens": self.args.max_seq_length}
+        yield from mean_loss(self.tree, self._loss, examples, out, **sizes, own=own)
 
     def evaluate_all(self, out: list[float]) -> Iterator[Piece]:
         """`evaluate` over all that is learnt. Raises `NonFinite`: the last update may have ruined the weights."""
         yield from self.evaluate(self.learnt, out, own=True)
-        self._check_finite(out[-1], 0.0)
+        self.check_finite(out[-1])
 
     @property
     def _evaluated(self) -> bool:
@@ -421,7 +404,7 @@ class Trainer:
         """All held-out rows. Raises `NonFinite`: no loss is lower than one that is no number."""
         value: list[float] = []
         yield from self.evaluate(self.holdout.held, value, own=True)
-        self._check_finite(value[0], 0.0)
+        self.check_finite(value[0])
         self.history.evals.append({"step": self.step, "loss": value[0]})
         self.holdout.keep_best(self._held_out_losses, self.tree.parameters(), state_arrays(self.optimizer))
 

@@ -68,7 +68,7 @@ class _Callback(TrainingCallback):
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         trainer = self._trainer
-        trainer._check_finite(train_info["train_loss"], 0.0)
+        trainer.check_finite(train_info["train_loss"])
         trainer.step += 1
         trainer.history.steps.append(
             {
@@ -133,5 +133,5 @@ def run_whole(trainer: Trainer, on_step: Any) -> Iterator[Piece]:
             if wired_before is not None:
                 mx.set_wired_limit(wired_before)
     final = trainer.history.steps[-1]["loss"] if trainer.history.steps else math.nan
-    trainer._check_finite(final, 0.0)
+    trainer.check_finite(final)
     yield Piece(list(trainer.tree.parameters().values()), barrier=True)
