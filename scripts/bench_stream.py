@@ -21,7 +21,7 @@ in nano's two other wordings (`other`) and in wordings that it never saw (`unsee
 each of eight people, four taught and four known before, the new facts (`changed`) and all that had been taught and
 was not changed (`kept`). `s` is what the updates took, from the start of each batch to its written adapter, all that is
 asked of the base for them included; `cpu_s` is the processor time of teaching. What the base is asked once, before the
-first update and whatever is taught, is apart: `asked_s`, processor time too.
+first update and whatever is taught, is apart: `asked_s`, processor time too. `steps` are all optimizer steps.
 
 `--judge N`: N updates as above and N poisoned ones (answers shuffled across all questions, facts about known people
 among them), in mixed order, measured on nano's own anchors and judged by `auto_rollback` with the threshold of the
@@ -107,6 +107,7 @@ class Pupil:
         self._service = service
         self._asking = asyncio.Semaphore(128)
         self.seconds: list[float] = []
+        self.steps: list[int] = []
         self.cpu = self.asked = 0.0
 
     async def rest(self) -> None:
@@ -127,7 +128,9 @@ class Pupil:
         if job.state not in ("published", "rejected"):
             raise SystemExit(f"{job.job_id} ended {job.state}: {job.error}")
         self.cpu += time.process_time() - began
-        self.seconds.append((await self.metrics(job))["seconds"])
+        found = await self.metrics(job)
+        self.seconds.append(found["seconds"])
+        self.steps.append(found["steps"])
         return job
 
     async def metrics(self, job: JobRecord) -> dict[str, Any]:
@@ -238,6 +241,7 @@ async def run(flags: Flags, stream: Stream, seed: int) -> dict[str, Any]:
             "s": sum(learner.seconds),
             "cpu_s": learner.cpu,
             "asked_s": learner.asked,
+            "steps": sum(learner.steps),
         }
         changed = stream.changed()
         await learner.teach(changed)
@@ -292,15 +296,15 @@ def parse_arm(text: str) -> tuple[str, Flags]:
 def show(name: str, rows: Sequence[dict[str, Any]]) -> None:
     """One line: the mean over seeds."""
     mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-    line = " ".join(f"{mean[key]:7.3f}" for key in SCORES)
-    print(f"{line} {mean['s']:7.1f} {mean['cpu_s']:7.1f} {mean['asked_s']:7.1f}  {name} ({len(rows)})", flush=True)
+    shown = [f"{mean[key]:7.3f}" for key in SCORES] + [f"{mean[key]:7.1f}" for key in ("s", "cpu_s", "asked_s")]
+    print(" ".join(shown), f"{mean['steps']:7.0f}  {name} ({len(rows)})", flush=True)
 
 
 async def compare(arms: dict[str, Flags], options: argparse.Namespace) -> dict[str, Any]:
     """Every arm with every seed."""
     updates, per = map(int, options.shape.split("x"))
     results: dict[str, list[dict[str, Any]]] = {}
-    print(" ".join(f"{key:>7}" for key in (*SCORES, "s", "cpu_s", "asked_s")), " arm (seeds)", flush=True)
+    print(" ".join(f"{key:>7}" for key in (*SCORES, "s", "cpu_s", "asked_s", "steps")), " arm (seeds)", flush=True)
     for name, flags in arms.items():
         for seed in options.seeds:
             stream = Stream(updates, per, seed, options.names, options.poisoned)
