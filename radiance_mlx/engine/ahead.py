@@ -6,15 +6,12 @@ batch that comes meanwhile needs the same, so it waits for it and loses nothing 
 
 import gc
 import logging
-from pathlib import Path
 
 from ..config import Config
 from ..errors import RadianceError
-from ..lora.encoding import ChatEncoder
-from ..lora.targets import Targets
 from . import backend
+from .foundation import Foundation
 from .lasting import Lasting
-from .model import BaseModel
 from .slices import Slices
 
 log = logging.getLogger(__name__)
@@ -23,11 +20,11 @@ log = logging.getLogger(__name__)
 class AskingAhead:
     """Belongs to the engine's thread. There is nothing to do where no switch needs it, or without `ask_ahead`."""
 
-    def __init__(self, base: BaseModel, targets: Targets, encoder: ChatEncoder, config: Config, home: Path) -> None:
+    def __init__(self, foundation: Foundation, config: Config) -> None:
         self._slices: Slices | None = None
-        lasting = Lasting.of(base, targets, encoder, config, home) if config.rehearsal.ask_ahead else None
+        lasting = Lasting.of(foundation, config) if config.rehearsal.ask_ahead else None
         if lasting is not None and lasting.asks:
-            longest = min(config.training.max_seq_length, base.context)
+            longest = min(config.training.max_seq_length, foundation.base.context)
             self._slices = Slices(lasting.ask_ahead(longest), lambda: None)
 
     @property
@@ -48,6 +45,8 @@ class AskingAhead:
 
     def stop(self) -> None:
         """Let go of it; what has been asked to its end is on disk."""
+        if self._slices is None:
+            return
         self._slices = None
         gc.collect()
         backend.release_memory()

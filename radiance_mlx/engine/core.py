@@ -31,6 +31,7 @@ from . import backend as backends
 from .ahead import AskingAhead
 from .backend import Backend
 from .decoder import Decoder, Sink
+from .foundation import Foundation
 from .fused import FusedStable
 from .measuring import Measurements, MeasuringTask
 from .model import load_base
@@ -75,7 +76,8 @@ class Engine:
             fused=self._fused,
         )
         self._planner = Planner(config.training.share)
-        self._ahead = AskingAhead(self._base, self._targets, self._encoder, config, home)
+        self._foundation = Foundation(self._base, self._targets, self._encoder, home)
+        self._ahead = AskingAhead(self._foundation, config)
         self._task: TrainingTask | MeasuringTask | None = None
         self._done: Callable[[Any], None] | None = None
         self._trained: tuple[str, int, Callable[[], AdapterWeights]] | None = None
@@ -177,15 +179,11 @@ class Engine:
             return
         try:
             self._task = TrainingTask(
-                self._base,
-                self._targets,
-                self._encoder,
+                self._foundation,
                 self._config,
-                self._home,
                 batch,
                 bank_bytes=self._bank.nbytes,
                 make_room=self._make_room,
-                context=self._base.context,
                 base_head=self._head,
                 ranks=self._ranks,
                 backend=self._backend,
@@ -210,7 +208,7 @@ class Engine:
         if self._task is not None:
             done(Conflict("Something is trained or measured already."))
             return
-        self._task = MeasuringTask(self._base, self._targets, self._home, anchors, subjects, report, cancelled)
+        self._task = MeasuringTask(self._foundation, anchors, subjects, report, cancelled)
         self._done = done
 
     def _finish(self, outcome: TrainResult | Measurements | RadianceError) -> None:

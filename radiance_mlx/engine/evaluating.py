@@ -8,7 +8,6 @@ policy makes of it. Both are generators of `Piece`s, like training itself.
 import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,14 +24,13 @@ from ..evaluation.plan import EarlierUpdate, Plan, spread
 from ..evaluation.policy import FINETUNE_LOSS, Verdict, fires, judge, next_scale
 from ..lora import files
 from ..lora.bank import AdapterWeights
-from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.encoding import Encoded
 from ..lora.head import TargetRows, install_head
 from ..lora.step import Piece
-from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.tree import TrainingTree, adapter_tree, idle_adapter
 from ..messages import BASE
-from .model import BaseModel
+from .foundation import Foundation
 
 #: how often `evaluation.scale_first` halves the range of scales
 SCALE_STEPS = 5
@@ -41,13 +39,13 @@ UPDATE_ROWS = 32
 
 
 class AnchorMeter:
-    """Measures adapters of one base on one set of anchors. What is kept lies under `home`/state/anchors."""
+    """Measures adapters of one base on one set of anchors. What is kept lies in the home under state/anchors."""
 
-    def __init__(self, base: BaseModel, targets: Targets, home: Path, anchors: AnchorSet) -> None:
-        self._base, self._targets, self._home = base, targets, home
-        self.anchors = anchors
+    def __init__(self, foundation: Foundation, anchors: AnchorSet) -> None:
+        self._base, self._targets, self._home = foundation.base, foundation.targets, foundation.home
+        self.anchors, place = anchors, self._home / "state" / "anchors"
         self.documents = Documents(anchors.documents)
-        self._kept = KeptReferences(home / "state" / "anchors", base.fingerprint, anchors.hash, self.documents)
+        self._kept = KeptReferences(place, self._base.fingerprint, anchors.hash, self.documents)
         self.seconds = 0.0
 
     def metrics(
@@ -131,18 +129,10 @@ class AnchorMeter:
 class UpdateEvaluation:
     """Around the training of one batch: `before` it, `after` it. `metrics` and `verdict` are there afterwards."""
 
-    def __init__(
-        self,
-        base: BaseModel,
-        targets: Targets,
-        encoder: ChatEncoder,
-        home: Path,
-        plan: Plan,
-        settings: TrainingSection,
-    ) -> None:
-        self._base, self._targets, self._encoder, self._home = base, targets, encoder, home
+    def __init__(self, foundation: Foundation, plan: Plan, settings: TrainingSection) -> None:
+        self._base, self._targets, self._encoder = foundation.base, foundation.targets, foundation.encoder
         self.plan, self._settings = plan, settings
-        self._meter = AnchorMeter(base, targets, home, plan.anchors) if plan.anchors else None
+        self._meter = AnchorMeter(foundation, plan.anchors) if plan.anchors else None
         self._own: list[Encoded] = []
         self.loss_before: list[float] = []
         self.scale = 1.0

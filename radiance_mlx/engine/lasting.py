@@ -8,20 +8,18 @@ anchors; and the lesson in the base's own other wordings (`rewording`). Preparin
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..config import Config
 from ..config.schema import RehearsalSection, ReplaySection
-from ..lora.encoding import ChatEncoder, Encoded, Messages
+from ..lora.encoding import Encoded, Messages
 from ..lora.log import LOOKED_AT, still_true
 from ..lora.neighbours import Names, names_in, neighbours
 from ..lora.rehearsal import Rehearsal, Rehearsed, Source
 from ..lora.replay import Replay, reservoir
 from ..lora.step import Piece
-from ..lora.targets import Targets
 from ..messages import Example
 from .asked import Asked
-from .model import BaseModel
+from .foundation import Foundation
 from .rewording import Wordings
 from .speaking import answer
 
@@ -70,14 +68,13 @@ class Lasting:
         self._near: list[Rehearsed] = []
 
     @classmethod
-    def of(
-        cls, base: BaseModel, targets: Targets, encoder: ChatEncoder, config: Config, home: Path
-    ) -> "Lasting | None":
-        """By this configuration, with what is kept under `home`; None if no switch is on."""
+    def of(cls, foundation: Foundation, config: Config) -> "Lasting | None":
+        """By this configuration, with what is kept in the home; None if no switch is on."""
         replay, rehearsal = config.replay, config.rehearsal
         if not (replay.fraction > 0 or rehearsal.kl_weight > 0 or rehearsal.rewording):
             return None
-        place, parts = home / "state" / "rehearsal", (base.module, base.vocab_size, encoder, targets)
+        base, place = foundation.base, foundation.home / "state" / "rehearsal"
+        parts = (base.module, base.vocab_size, foundation.encoder, foundation.targets)
         asked = Asked(*parts, place, base.fingerprint, hidden_bytes=config.training.prefix_bytes)
         return cls(asked, replay, rehearsal)
 

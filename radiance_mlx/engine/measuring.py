@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import Cancelled
@@ -12,11 +11,10 @@ from ..evaluation.plan import Subject
 from ..lora import files
 from ..lora.head import install_head
 from ..lora.step import Piece
-from ..lora.targets import Targets
 from ..lora.tree import adapter_tree, idle_adapter
 from ..messages import BASE
 from .evaluating import AnchorMeter
-from .model import BaseModel
+from .foundation import Foundation
 from .slices import Slices
 
 
@@ -33,16 +31,14 @@ class MeasuringTask:
 
     def __init__(
         self,
-        base: BaseModel,
-        targets: Targets,
-        home: Path,
+        foundation: Foundation,
         anchors: AnchorSet,
         subjects: tuple[Subject, ...],
         report: Callable[[int, int], None],
         cancelled: threading.Event,
     ) -> None:
-        self._base, self._targets, self._subjects = base, targets, subjects
-        self._meter = AnchorMeter(base, targets, home, anchors)
+        self._base, self._targets, self._subjects = foundation.base, foundation.targets, subjects
+        self._meter = AnchorMeter(foundation, anchors)
         self._report, self._cancelled = report, cancelled
         self._results: list[dict[str, Any]] = []
         self._slices = Slices(self._all_pieces(), self._check)

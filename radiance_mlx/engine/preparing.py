@@ -17,18 +17,17 @@ from ..config import Config
 from ..config.schema import ReplaySection
 from ..lora import files, memory
 from ..lora.batches import fit_to_data
-from ..lora.encoding import ChatEncoder, Encoded
+from ..lora.encoding import Encoded
 from ..lora.head import TargetRows, install_found, install_head
 from ..lora.prefix import Prefix, install_prefix, lowest_adapted
 from ..lora.ranks import Ranks
 from ..lora.rehearsal import REHEARSED_TOGETHER
 from ..lora.step import ComputeGradients, Piece
-from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.tree import TrainingTree, make_tree
 from ..messages import TrainBatch
+from .foundation import Foundation
 from .lasting import CARRIED, Lasting, Lesson
-from .model import BaseModel
 
 
 def fitted(config: Config, batch: TrainBatch, context: int) -> Config:
@@ -82,11 +81,8 @@ class Preparation:
 
     def __init__(
         self,
-        base: BaseModel,
-        targets: Targets,
-        encoder: ChatEncoder,
+        foundation: Foundation,
         config: Config,
-        home: Path,
         batch: TrainBatch,
         rehearsed: Sequence[Encoded],
         on_step: Callable[[Trainer], None],
@@ -96,11 +92,11 @@ class Preparation:
         base_head: TargetRows | None,
         ranks: Ranks | None,
     ) -> None:
-        self._base, self._targets, self._encoder = base, targets, encoder
-        self._config, self._settings, self._home, self._batch = config, config.training, home, batch
+        self._base, self._targets, self._encoder = foundation.base, foundation.targets, foundation.encoder
+        self._config, self._settings, self._home, self._batch = config, config.training, foundation.home, batch
         self._rehearsed, self._on_step, self._make_room = rehearsed, on_step, make_room
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
-        self._lasting = Lasting.of(base, targets, encoder, config, home)
+        self._lasting = Lasting.of(foundation, config)
         self._asked = self._lasting.base if self._lasting else None
         self.examples: list[Encoded] = []
         self.notes = list(batch.notes)

@@ -18,19 +18,17 @@ from ..errors import Cancelled, CheckpointDamaged, ModelError, StoreError, Train
 from ..evaluation.plan import Plan
 from ..lora import files
 from ..lora.bank import AdapterWeights
-from ..lora.encoding import ChatEncoder
 from ..lora.head import TargetRows
 from ..lora.ranks import Ranks
 from ..lora.step import Piece
-from ..lora.targets import Targets
 from ..lora.trainer import Trainer
 from ..lora.whole import run_whole
 from ..messages import Progress, TrainBatch, TrainResult
 from .backend import Backend
 from .evaluating import UpdateEvaluation
+from .foundation import Foundation
 from .kept_state import KeptState
 from .metrics import training_metrics
-from .model import BaseModel
 from .preparing import Preparation, fitted
 from .slices import Slices
 
@@ -42,16 +40,12 @@ class TrainingTask:
 
     def __init__(
         self,
-        base: BaseModel,
-        targets: Targets,
-        encoder: ChatEncoder,
+        foundation: Foundation,
         config: Config,
-        home: Path,
         batch: TrainBatch,
         *,
         bank_bytes: int,
         make_room: Callable[[int], None],
-        context: int,
         base_head: TargetRows | None,
         ranks: Ranks | None,
         backend: Backend,
@@ -60,18 +54,16 @@ class TrainingTask:
         plan: Plan | None = None,
     ) -> None:
         self.batch = batch
-        self._config = fitted(config, batch, context)
+        home = foundation.home
+        self._config = fitted(config, batch, foundation.base.context)
         self._settings = self._config.training
         self._sliced = self._settings.slice_ms > 0
-        self._base, self._targets, self._home = base, targets, home
+        self._base, self._targets, self._home = foundation.base, foundation.targets, home
         self._backend, self._report, self._cancelled = backend, report, cancelled
         self._started = time.time()
         self._preparation = Preparation(
-            base,
-            targets,
-            encoder,
+            foundation,
             self._config,
-            home,
             batch,
             plan.rehearsed if plan else (),
             self._after_step,
@@ -87,8 +79,8 @@ class TrainingTask:
         self._kept = KeptState(home / "state" / "training" / batch.checkpoint)
         self._final: list[float] = []
         self._validation: list[float] = []
-        self._encoder = encoder
-        self._evaluation = plan and UpdateEvaluation(base, targets, encoder, home, plan, self._settings)
+        self._encoder = foundation.encoder
+        self._evaluation = plan and UpdateEvaluation(foundation, plan, self._settings)
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
         self._slices = Slices(self._all_pieces(), self._check)
