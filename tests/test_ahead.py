@@ -55,7 +55,7 @@ def test_what_every_update_needs_is_there_before_the_first(tmp_path):
 
 def test_an_update_that_comes_meanwhile_waits_for_it_and_is_learnt(tmp_path):
     """What has been asked by then is not asked again for it."""
-    with running(tmp_path, SMALL, rehearsal__samples=400) as service:
+    with running(tmp_path, SMALL, rehearsal__samples=150) as service:
         job = service.post(FACTS[0])
         until(lambda: service.job(job).state == "training", "training")
         assert asking(service)
