@@ -5,17 +5,17 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import structlog
 
 from .curation import curated_files
-from .errors import Conflict
+from .errors import Conflict, IdempotencyMismatch
 from .messages import Example, Terms
 from .scheduler import Scheduler
 from .storage import StoreThread
-from .store import CheckpointRecord, JobRecord, Tuned, TuningRecord, UploadRecord
+from .store import CheckpointRecord, JobRecord, Store, Tuned, TuningRecord, UploadRecord
 from .store.tunings import insert
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,8 @@ class Tuning:
         """The job that this key has already made of this request. Raises `IdempotencyMismatch`."""
         if idempotency_key is None:
             return None
-        return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
+        async with self._keys_as_known():
+            return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
 
     async def create(
         self,
@@ -78,8 +79,8 @@ class Tuning:
         def record(job: JobRecord) -> TuningRecord:
             return TuningRecord(f"ftjob-{secrets.token_hex(12)}", job.job_id, job.created, suffix, request)
 
-        job, new = await self._store(
-            lambda s: s.accept(
+        def accept(store: Store) -> tuple[JobRecord, bool]:
+            return store.accept(
                 examples,
                 [f"suffix:{suffix}"] if suffix else [],
                 raw=raw,
@@ -89,13 +90,27 @@ class Tuning:
                 terms=terms,
                 also=lambda db, job: insert(db, record(job), validation),
             )
-        )
+
+        async with self._keys_as_known():
+            job, new = await self._store(accept)
         if new:
             log.info("accepted", job=job.job_id, examples=job.example_count, fine_tuning=True)
             self._scheduler.wake()
         tuned = await self._store(lambda s: s.tunings.of_job(job.job_id))
         assert tuned is not None
         return tuned
+
+    @contextlib.asynccontextmanager
+    async def _keys_as_known(self) -> AsyncIterator[None]:
+        """A mismatch inside names the fine-tuning job that has the key; an update has no id that is known here."""
+        try:
+            yield
+        except IdempotencyMismatch as error:
+            job_id = error.details["job_id"]
+            tuned = await self._store(lambda s: s.tunings.of_job(job_id))
+            named = tuned[0].tuning_id if tuned else "an update of POST /update"
+            said = error.message.replace(f"belongs to {job_id},", f"belongs to {named},")
+            raise IdempotencyMismatch(said, error.hint, error.details) from None
 
     async def one(self, tuning_id: str) -> Tuned:
         """Raises `NotFound`."""

@@ -595,6 +595,23 @@ def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
     ended(client, first)
 
 
+def test_a_key_that_belongs_to_something_else_is_told_with_what_this_api_calls_it(started):
+    """A fine-tuning job by the id that its client knows; an update, which has none here, as what it is."""
+    client = started.client
+    file = upload(client, FACTS[0])
+    body = {"model": "stable", "training_file": file.id}
+    mine = {"Idempotency-Key": "mine"}
+    first = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=mine)
+    posted = {"examples": [{"input": FACTS[1][0], "output": FACTS[1][1]}]}
+    update = started.http.post("/update", json=posted, headers={"idempotency-key": "theirs"}).json()["job_id"]
+    for key, owner in (("mine", f"belongs to {first.id}, "), ("theirs", "belongs to an update of POST /update, ")):
+        with pytest.raises(openai.ConflictError, match=owner) as caught:
+            client.fine_tuning.jobs.create(**body, seed=1, extra_headers={"Idempotency-Key": key})
+        assert "job_" not in caught.value.message
+    started.http.delete(f"/jobs/{update}").raise_for_status()
+    ended(client, first)
+
+
 def test_a_job_is_known_by_its_key_when_its_file_is_gone_and_its_model_is_no_longer_stable(started):
     """The key is looked up before anything that may have changed since."""
     client, key = started.client, {"Idempotency-Key": "lasting"}
