@@ -241,6 +241,70 @@ def test_a_job_that_begins_anew_after_a_rollback_says_so(started):
     assert jobs.cancel(job.id).status == "cancelled"
 
 
+def told(jobs, job):
+    """The messages of a job's events but its steps, oldest first."""
+    events = list(jobs.list_events(job.id))[::-1]
+    return [event.message.removeprefix("Fine-tuning job ") for event in events if event.type == "message"]
+
+
+def test_a_job_that_begins_anew_after_a_crash_says_so(start):
+    """Nothing of it was kept yet."""
+    settings = {**WAITING, "training.save_every_s": 3600}
+    first = start(**settings).ready()
+    job = create(sdk(first.client), FACTS[0], hyperparameters=ENDLESS)
+    first.wait_for_step(job.job_id, 3)
+    first.kill()
+    second = start(**settings).ready()
+    jobs = sdk(second.client).fine_tuning.jobs
+    why = "restarted: it was interrupted before anything of it was kept"
+    until(lambda: told(jobs, job)[1:] == ["started", why, "started"], "the event")
+
+
+@pytest.mark.parametrize(("lr", "anew"), [(3e-4, True), (None, False)], ids=["other settings", "the same"])
+def test_a_job_whose_kept_state_is_of_other_settings_says_so(tmp_path, lr, anew):
+    """After a stop in good order; with the same settings it goes on, and there is nothing to say."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        job = create(sdk(client), FACTS[0], hyperparameters=ENDLESS)
+        service.wait_for_step(3)
+        before = len(list(sdk(client).fine_tuning.jobs.list_events(job.id)))
+    flags = {**WAITING, "training.lr": lr} if lr else WAITING
+    with running(tmp_path, flags) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        until(lambda: len(list(jobs.list_events(job.id))) > before + 2)
+        said = [message for message in told(jobs, job) if message.startswith("restarted")]
+        assert [message.split(":")[1] for message in said] == [" what was kept of it cannot be gone on from"] * anew
+
+
+def test_what_something_else_overtook_while_it_was_paused_says_so(started):
+    """It trains on another checkpoint then, from its first step."""
+    jobs = started.client.fine_tuning.jobs
+    held = create(started.client, FACTS[0], hyperparameters=ENDLESS)
+    started.service.wait_for_step(2, held.job_id)
+    jobs.pause(held.id)
+    ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
+    jobs.resume(held.id)
+    until(lambda: told(jobs, held)[-1] == "started")
+    assert told(jobs, held)[-3:] == ["resumed", "restarted: something else was trained meanwhile", "started"]
+    assert jobs.cancel(held.id).status == "cancelled"
+
+
+def test_a_batch_that_fails_in_company_says_so_to_each(tmp_path, monkeypatch):
+    """Its jobs are tried one by one."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs, train = sdk(client).fine_tuning.jobs, service.service._engine.train
+
+        async def fails(batch, *rest):
+            if len(batch.jobs) > 1:
+                raise RuntimeError("a bug")
+            return await train(batch, *rest)
+
+        monkeypatch.setattr(service.service._engine, "train", fails)
+        both = [create(sdk(client), *facts) for facts in (FACTS[:1], FACTS[1:3])]
+        for job in both:
+            ended(sdk(client), job)
+            assert told(jobs, job)[1] == "restarted: its batch failed; its jobs are tried one by one"
+
+
 def test_one_of_several_that_train_together_is_paused_and_the_others_go_on(tmp_path):
     """They begin anew without it."""
     with running(tmp_path, {**WAITING, "training.max_steps": 1_000_000}) as service:
