@@ -5,7 +5,7 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -116,9 +116,14 @@ class Tuning:
         """Raises `NotFound`."""
         return await self._store(lambda s: s.tunings.one(tuning_id))
 
-    async def all(self) -> list[Tuned]:
-        """Newest first."""
-        return await self._store(lambda s: s.tunings.all())
+    async def page(
+        self, metadata: Mapping[str, str], after: str | None, limit: int
+    ) -> tuple[list[tuple[TuningRecord, JobRecord, CheckpointRecord | None]], bool]:
+        """Those with this metadata after `after`, newest first, each with what `made` says; whether there are more.
+
+        Raises `NotFound` if `after` is none of them.
+        """
+        return await self._store(lambda s: s.tunings.page(metadata, after, limit))
 
     async def names(self) -> dict[str, str]:
         """`checkpoint:suffix` → checkpoint, of jobs that were given a suffix; newest first."""

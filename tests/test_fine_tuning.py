@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
-from starlette.requests import Request
 
-from radiance_mlx.api.v1.paging import page
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
 from radiance_mlx.errors import Conflict, InvalidRequest
@@ -634,17 +632,40 @@ def test_jobs_are_listed_in_pages_and_by_metadata(client):
     ended(client, made[-1])
 
 
-def test_a_page_makes_only_the_documents_that_it_shows():
-    """With `ident`, what is not on it is known by its id alone."""
-    made = []
+def test_a_page_of_jobs_is_one_look_into_the_database_however_many_they_are(started):
+    """And not one for each job, or one for each that is on no page."""
+    made = [create(started.client, FACTS[0], hyperparameters={"n_epochs": 1}) for _ in range(4)]
+    for job in made:
+        ended(started.client, job)
 
-    def shown(number):
-        made.append(number)
-        return {"id": str(number)}
+    def asked(limit):
+        """How often the database was asked for fine-tuning jobs, and for jobs by their ids."""
+        said = []
+        started.service.store(lambda s: s._database._connection.set_trace_callback(said.append))
+        page = started.client.fine_tuning.jobs.list(limit=limit)
+        started.service.store(lambda s: s._database._connection.set_trace_callback(None))
+        assert [job.id for job in page.data[:4]] == [job.id for job in made[::-1]][:limit]
+        return [sum(words in one for one in said) for words in ("FROM tunings", "FROM jobs WHERE job_id")]
 
-    asked = Request({"type": "http", "query_string": b"limit=2&after=4"})
-    found = page(asked, range(1000), shown, ident=str)
-    assert ([one["id"] for one in found["data"]], found["has_more"], made) == (["5", "6"], True, [5, 6])
+    assert asked(1) == asked(4) == [1, 1]
+
+
+def test_a_job_is_told_alike_in_the_list_and_by_itself(tmp_path):
+    """One that was published and one that the policy has rejected, of which nothing can be asked."""
+    strict = {
+        "evaluation.metric": "finetune_loss",
+        "evaluation.catastrophic_delta": 1e-6,
+        "evaluation.rollback_mode": "auto_rollback",
+    }
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        ended(sdk(client), create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1}))
+    with running(tmp_path, {**WAITING, **strict}) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        rejected = ended(sdk(client), create(sdk(client), FACTS[1], hyperparameters={"n_epochs": 1}), "failed")
+        assert (rejected.error.code, rejected.trained_tokens) == ("rejected", None)
+        listed = jobs.list().data
+        assert listed == [jobs.retrieve(job.id) for job in listed]
+        assert [bool(job.trained_tokens) for job in listed] == [False, True]
 
 
 def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
