@@ -248,7 +248,8 @@ class Scheduler:
             log.info("put aside", checkpoint=running.checkpoint, why=why)
         elif running.pausing == set(running.jobs) and len(running.jobs) == 1:
             if await self._store(lambda s: s.hold(running.jobs[0])):
-                return  # what is kept of it stays: it goes on from there
+                self._drop_files(running.checkpoint)  # what is kept of it stays: it goes on from there
+                return
         else:
             queued = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
             await self._store(lambda s: [s.pause(job) for job in running.pausing & set(queued)])
@@ -356,6 +357,9 @@ class Scheduler:
     def _drop(self, checkpoint: str) -> None:
         """Nothing of a batch that is given up stays: it may have been committed, but never recorded."""
         self._forget_state(checkpoint)
+        self._drop_files(checkpoint)
+
+    def _drop_files(self, checkpoint: str) -> None:
         shutil.rmtree(self._lineage.folder(checkpoint), ignore_errors=True)
         (self._home / "metrics" / f"{checkpoint}.json").unlink(missing_ok=True)
 
@@ -389,7 +393,8 @@ class Scheduler:
         """Have a job wait until it is resumed; one that trains is stopped first, and goes on from there later.
 
         If others train with it, they begin anew without it. Raises `NotFound`, or `Conflict` for a job that has ended,
-        be it meanwhile.
+        be it meanwhile; `NotReady` while it is in training and nothing trains it: after a restart or a fault of the
+        disk, until it is taken up again or published.
         """
         job = await self._store(lambda s: s.job(job_id))
         if job.consolidates is not None:
@@ -403,6 +408,11 @@ class Scheduler:
             running.cancelled.set()  # if it has not begun yet, or is not to be gone on from
             await running.ended.wait()
         job = await self._store(lambda s: s.job(job_id))
+        if job.state in ("training", "evaluating"):
+            raise NotReady(
+                f"{job_id} cannot be paused at this moment: it is about to be taken up again, or to end.",
+                "Ask again in a moment.",
+            )
         if job.state != "paused":
             raise Conflict(f"{job_id} was not paused: it is {job.state} by now.")
         return job

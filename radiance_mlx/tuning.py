@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 
 from .curation import curated_files
-from .errors import Conflict, IdempotencyMismatch
+from .errors import Conflict, IdempotencyMismatch, NotReady
 from .messages import Example, Terms
 from .scheduler import Scheduler
 from .storage import StoreThread
@@ -141,7 +141,7 @@ class Tuning:
         return await self._store(lambda s: s.checkpoint(checkpoint))
 
     async def pause(self, tuning_id: str) -> Tuned:
-        """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""
+        """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`, `NotReady`."""
         tuning, _ = await self.one(tuning_id)
         with _as_known(tuning):
             return tuning, await self._scheduler.pause(tuning.job_id)
@@ -169,12 +169,12 @@ class Tuning:
 
 @contextlib.contextmanager
 def _as_known(tuning: TuningRecord) -> Iterator[None]:
-    """Conflicts inside name the fine-tuning job, and not the job that does it."""
+    """Refusals inside name the fine-tuning job, and not the job that does it."""
     try:
         yield
-    except Conflict as error:
+    except (Conflict, NotReady) as error:
         said = error.message.replace(tuning.job_id, tuning.tuning_id)
-        raise Conflict(said, error.hint, error.details) from None
+        raise type(error)(said, error.hint, error.details) from None
 
 
 def _hash(request: dict[str, Any]) -> str:

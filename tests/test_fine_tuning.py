@@ -3,17 +3,19 @@
 import asyncio
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
 import pytest
-from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
+from running import FACTS, QUICK, REFUSALS, Gate, http, nothing_left, running, until
 
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
-from radiance_mlx.errors import Conflict, InvalidRequest
+from radiance_mlx.errors import Conflict, InvalidRequest, StoreError
 from radiance_mlx.messages import Example, Terms, TrainBatch
 from radiance_mlx.rows.lines import examples_of_jsonl
+from radiance_mlx.store import Store
 
 #: updates wait for company; what has terms of its own does not
 WAITING = {**QUICK, "update_mode": "batched", "batch.max_examples": 3, "batch.max_age_minutes": 1000}
@@ -237,6 +239,88 @@ def test_a_job_that_begins_anew_after_a_rollback_says_so(started):
     messages = [event.message for event in jobs.list_events(job.id)]
     assert "Fine-tuning job restarted: the stable checkpoint has moved" in messages
     assert jobs.cancel(job.id).status == "cancelled"
+
+
+def pausing(service, jobs, job):
+    """A pause on its way, once it waits for the training to stop."""
+    asked = ThreadPoolExecutor(1).submit(jobs.pause, job.id)
+    until(lambda: job.job_id in service.service._scheduler.running.pausing)
+    return asked
+
+
+def test_what_was_learnt_before_is_kept_by_a_pause_that_comes_before_training_goes_on(tmp_path, monkeypatch):
+    """Resumed, and paused again while its batch is being put together."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        job = create(sdk(client), FACTS[0], hyperparameters=ENDLESS)
+        checkpoint = service.wait_for_step(4)
+        jobs.pause(job.id)
+        kept = json.loads((tmp_path / "state" / "training" / checkpoint / "progress.json").read_text())["step"]
+        gate = Gate(service, service.service._evaluator, "plan", monkeypatch)
+        jobs.resume(job.id)
+        gate.wait()
+        asked = pausing(service, jobs, job)
+        gate.open()
+        assert asked.result(60).status == "paused"
+        jobs.resume(job.id)
+        service.wait_for_step(1)
+        assert service.service._scheduler.running.progress.step > kept
+        assert not [message for message in told(jobs, job) if "restarted" in message]
+
+
+def test_a_pause_that_comes_when_all_is_learnt_waits_for_the_end_and_says_so(tmp_path, monkeypatch):
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        gate = Gate(service, service.service._lineage, "commit", monkeypatch)
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        gate.wait()
+        asked = pausing(service, jobs, job)
+        gate.open()
+        with pytest.raises(openai.ConflictError, match=f"{job.id} was not paused: it is published by now"):
+            asked.result(60)
+
+
+def test_a_pause_that_comes_when_all_is_learnt_holds_if_it_cannot_be_published(tmp_path, monkeypatch):
+    """Somebody has rolled back: it would be trained anew, and waits for that; its finished files are gone."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        ended(sdk(client), create(sdk(client), FACTS[1], hyperparameters={"n_epochs": 1}))
+        gate = Gate(service, service.service._lineage, "commit", monkeypatch)
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        gate.wait()
+        checkpoint = service.service.in_training
+        asked = pausing(service, jobs, job)
+        service.call(service.service.rollback("base", "a test"))
+        gate.open()
+        assert asked.result(60).status == "paused"
+        assert not service.folder(checkpoint).exists()
+        jobs.resume(job.id)
+        made = ended(sdk(client), job).fine_tuned_model
+        assert service.checkpoints()[made].parent is None
+
+
+def test_a_pause_while_nothing_trains_what_is_in_training_may_be_asked_again(tmp_path, monkeypatch):
+    """The store has failed, and what is finished is published when it works again: neither paused nor ended yet."""
+    whole, full = Store.publish, [True]
+
+    def fails(self, *args, **kwargs):
+        if full:
+            raise StoreError("disk full")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "publish", fails)
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        until(lambda: any("disk full" in warning for warning in service.info()["warnings"]))
+        with pytest.raises(openai.InternalServerError, match=f"{job.id} cannot be paused at this moment") as caught:
+            jobs.pause(job.id)
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
+        full.clear()
+        service._thread.loop.call_soon_threadsafe(service.service._scheduler.wake)
+        ended(sdk(client), job)
+        with pytest.raises(openai.ConflictError, match="is published"):
+            jobs.pause(job.id)
 
 
 def told(jobs, job):
