@@ -163,11 +163,11 @@ class Scheduler:
         alone = len(ids) > 1 and max(job.attempts for job in rest) >= MAX_ATTEMPTS - 1
         if unwanted or worn_out or alone:
             await self._store(lambda s: s.requeue(left))
-            why = "the process ended more than once while it trained with others" if worn_out or alone else LESS
-            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
             # one of them may be what ends the process: the others must not go down with it again
             (self._alone if worn_out or alone else self._due).update(left)
             self._drop(checkpoint)
+            why = "the process ended again and again while it trained with others" if worn_out or alone else LESS
+            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
             return
         begun = tuple(job.job_id for job in rest if job.attempts or job.progress)
         await self._store(lambda s: s.retry_batch(checkpoint, left))
@@ -343,9 +343,9 @@ class Scheduler:
         if len(running.jobs) > 1:
             log.warning("a batch failed; its jobs are tried one by one", error=error.message)
             left = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
+            self._alone.update(left)
             why = "its batch failed; its jobs are tried one by one"
             await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
-            self._alone.update(left)
             return
         document = error.as_dict()
         log.error("job failed", jobs=list(running.jobs), error=error.message)
