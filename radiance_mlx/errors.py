@@ -159,7 +159,7 @@ class AnchorsUnavailable(RadianceError):
 
 
 class DatasetUnavailable(RadianceError):
-    """A data set to learn from cannot be had: no network, no such data set or split, a bad file."""
+    """A data set to learn from cannot be had now: no network, or a hub that does not answer."""
 
     code, status = "dataset_unavailable", 503
 

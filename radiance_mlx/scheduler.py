@@ -39,6 +39,7 @@ from .triggers import Decision, decide
 log = structlog.get_logger(__name__)
 MAX_ATTEMPTS = 4  # the first, and three times taken up again
 LOOK_S = 60.0
+LESS = "a job that trained with it was paused or cancelled"
 
 
 class Scheduler:
@@ -165,33 +166,49 @@ class Scheduler:
             # one of them may be what ends the process: the others must not go down with it again
             (self._alone if worn_out or alone else self._due).update(left)
             self._drop(checkpoint)
+            why = "the process ended again and again while it trained with others" if worn_out or alone else LESS
+            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
             return
+        begun = tuple(job.job_id for job in rest if job.attempts or job.progress)
         await self._store(lambda s: s.retry_batch(checkpoint, left))
-        await self._train(checkpoint, tuple(left), rest[0].consolidates is not None)
+        anew = self._why_anew(checkpoint, checkpoint)
+        reconsolidates = rest[0].consolidates is not None
+        await self._train(Running(checkpoint, tuple(left), reconsolidates=reconsolidates, begun=begun, anew=anew))
+
+    def _why_anew(self, checkpoint: str, before: str | None) -> str:
+        """Why a batch that was to become `before` has to begin anew as `checkpoint`, if it has to."""
+        if before != checkpoint:
+            return "something else was trained meanwhile"
+        if self._state(checkpoint).is_dir():
+            return "what was kept of it cannot be gone on from: other settings, another parent, or damaged files"
+        return "it was interrupted before anything of it was kept"
 
     # --- one batch -------------------------------------------------------------------------------
 
     async def _begin(self, jobs: tuple[str, ...]) -> None:
         try:
-            held = await self._store(lambda s: s.job(jobs[0]).checkpoint)
+            before = await self._store(lambda s: [s.job(job_id) for job_id in jobs])
             checkpoint = await self._store(lambda s: s.start_batch(jobs, self._lineage.base_hash))
         except Conflict:  # one was cancelled between looking and starting
             return
-        if held is not None and held != checkpoint:
-            self._drop(held)
+        held = {job.job_id: job.checkpoint for job in before if job.checkpoint is not None}  # they were paused
+        for one in {*held.values()} - {checkpoint}:
+            self._drop(one)
         self._due.difference_update(jobs)
-        await self._train(checkpoint, jobs)
+        begun = tuple(job.job_id for job in before if job.job_id in held and job.progress)
+        anew = self._why_anew(checkpoint, held[begun[0]]) if begun else ""
+        await self._train(Running(checkpoint, jobs, begun=begun, anew=anew))
 
     async def _reconsolidate(self) -> None:
         try:
             job, checkpoint = await self._reconsolidation.begin()
         except Conflict:  # the stable checkpoint is moving, or an update was accepted between looking and starting
             return
-        await self._train(checkpoint, (job,), reconsolidates=True)
+        await self._train(Running(checkpoint, (job,), reconsolidates=True))
 
-    async def _train(self, checkpoint: str, jobs: tuple[str, ...], reconsolidates: bool = False) -> None:
+    async def _train(self, running: Running) -> None:
         self.trouble = None
-        self.running = running = Running(checkpoint, jobs, reconsolidates=reconsolidates)
+        self.running, checkpoint, jobs = running, running.checkpoint, running.jobs
         try:
             async with self._making_way(running):
                 batch = await self._batch(running)
@@ -231,13 +248,14 @@ class Scheduler:
             log.info("put aside", checkpoint=running.checkpoint, why=why)
         elif running.pausing == set(running.jobs) and len(running.jobs) == 1:
             if await self._store(lambda s: s.hold(running.jobs[0])):
-                return  # what is kept of it stays: it goes on from there
+                self._drop_files(running.checkpoint)  # what is kept of it stays: it goes on from there
+                return
         else:
             queued = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
             await self._store(lambda s: [s.pause(job) for job in running.pausing & set(queued)])
             left = sorted(set(queued) - running.pausing)
             self._due.update(left)
-            less = "a job that trained with it was paused or cancelled" if len(left) < len(running.jobs) else ""
+            less = LESS if len(left) < len(running.jobs) else ""
             why = running.aside or less or error.message
             await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
         self._drop(running.checkpoint)
@@ -324,7 +342,10 @@ class Scheduler:
         self._drop(running.checkpoint)
         if len(running.jobs) > 1:
             log.warning("a batch failed; its jobs are tried one by one", error=error.message)
-            self._alone.update(await self._store(lambda s: s.requeue(running.jobs, count_attempt=False)))
+            left = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
+            self._alone.update(left)
+            why = "its batch failed; its jobs are tried one by one"
+            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
             return
         document = error.as_dict()
         log.error("job failed", jobs=list(running.jobs), error=error.message)
@@ -336,11 +357,17 @@ class Scheduler:
     def _drop(self, checkpoint: str) -> None:
         """Nothing of a batch that is given up stays: it may have been committed, but never recorded."""
         self._forget_state(checkpoint)
+        self._drop_files(checkpoint)
+
+    def _drop_files(self, checkpoint: str) -> None:
         shutil.rmtree(self._lineage.folder(checkpoint), ignore_errors=True)
         (self._home / "metrics" / f"{checkpoint}.json").unlink(missing_ok=True)
 
     def _forget_state(self, checkpoint: str) -> None:
-        shutil.rmtree(self._home / "state" / "training" / checkpoint, ignore_errors=True)
+        shutil.rmtree(self._state(checkpoint), ignore_errors=True)
+
+    def _state(self, checkpoint: str) -> Path:
+        return self._home / "state" / "training" / checkpoint
 
     async def _examples(self, jobs: Sequence[str]) -> tuple[Example, ...]:
         rows = await self._store(lambda s: s.examples_of(jobs))
@@ -366,7 +393,8 @@ class Scheduler:
         """Have a job wait until it is resumed; one that trains is stopped first, and goes on from there later.
 
         If others train with it, they begin anew without it. Raises `NotFound`, or `Conflict` for a job that has ended,
-        be it meanwhile.
+        be it meanwhile; `NotReady` while it is in training and nothing trains it: after a restart or a fault of the
+        disk, until it is taken up again or published.
         """
         job = await self._store(lambda s: s.job(job_id))
         if job.consolidates is not None:
@@ -380,6 +408,11 @@ class Scheduler:
             running.cancelled.set()  # if it has not begun yet, or is not to be gone on from
             await running.ended.wait()
         job = await self._store(lambda s: s.job(job_id))
+        if job.state in ("training", "evaluating"):
+            raise NotReady(
+                f"{job_id} cannot be paused at this moment: it is about to be taken up again, or to end.",
+                "Ask again in a moment.",
+            )
         if job.state != "paused":
             raise Conflict(f"{job_id} was not paused: it is {job.state} by now.")
         return job

@@ -5,17 +5,17 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
 
 from .curation import curated_files
-from .errors import Conflict
+from .errors import Conflict, IdempotencyMismatch, NotReady
 from .messages import Example, Terms
 from .scheduler import Scheduler
 from .storage import StoreThread
-from .store import CheckpointRecord, JobRecord, Tuned, TuningRecord, UploadRecord
+from .store import CheckpointRecord, JobRecord, Store, Tuned, TuningRecord, UploadRecord
 from .store.tunings import insert
 
 log = structlog.get_logger(__name__)
@@ -56,7 +56,8 @@ class Tuning:
         """The job that this key has already made of this request. Raises `IdempotencyMismatch`."""
         if idempotency_key is None:
             return None
-        return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
+        async with self._keys_as_known():
+            return await self._store(lambda s: s.tunings.known(idempotency_key, _hash(request)))
 
     async def create(
         self,
@@ -78,8 +79,8 @@ class Tuning:
         def record(job: JobRecord) -> TuningRecord:
             return TuningRecord(f"ftjob-{secrets.token_hex(12)}", job.job_id, job.created, suffix, request)
 
-        job, new = await self._store(
-            lambda s: s.accept(
+        def accept(store: Store) -> tuple[JobRecord, bool]:
+            return store.accept(
                 examples,
                 [f"suffix:{suffix}"] if suffix else [],
                 raw=raw,
@@ -89,7 +90,9 @@ class Tuning:
                 terms=terms,
                 also=lambda db, job: insert(db, record(job), validation),
             )
-        )
+
+        async with self._keys_as_known():
+            job, new = await self._store(accept)
         if new:
             log.info("accepted", job=job.job_id, examples=job.example_count, fine_tuning=True)
             self._scheduler.wake()
@@ -97,13 +100,30 @@ class Tuning:
         assert tuned is not None
         return tuned
 
+    @contextlib.asynccontextmanager
+    async def _keys_as_known(self) -> AsyncIterator[None]:
+        """A mismatch inside names the fine-tuning job that has the key; an update has no id that is known here."""
+        try:
+            yield
+        except IdempotencyMismatch as error:
+            job_id = error.details["job_id"]
+            tuned = await self._store(lambda s: s.tunings.of_job(job_id))
+            named = tuned[0].tuning_id if tuned else "an update of POST /update"
+            said = error.message.replace(f"belongs to {job_id},", f"belongs to {named},")
+            raise IdempotencyMismatch(said, error.hint, error.details) from None
+
     async def one(self, tuning_id: str) -> Tuned:
         """Raises `NotFound`."""
         return await self._store(lambda s: s.tunings.one(tuning_id))
 
-    async def all(self) -> list[Tuned]:
-        """Newest first."""
-        return await self._store(lambda s: s.tunings.all())
+    async def page(
+        self, metadata: Mapping[str, str], after: str | None, limit: int
+    ) -> tuple[list[tuple[TuningRecord, JobRecord, CheckpointRecord | None]], bool]:
+        """Those with this metadata after `after`, newest first, each with what `made` says; whether there are more.
+
+        Raises `NotFound` if `after` is none of them.
+        """
+        return await self._store(lambda s: s.tunings.page(metadata, after, limit))
 
     async def names(self) -> dict[str, str]:
         """`checkpoint:suffix` → checkpoint, of jobs that were given a suffix; newest first."""
@@ -121,7 +141,7 @@ class Tuning:
         return await self._store(lambda s: s.checkpoint(checkpoint))
 
     async def pause(self, tuning_id: str) -> Tuned:
-        """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`."""
+        """Have it wait; what it has learnt so far is kept. Raises `NotFound`, `Conflict`, `NotReady`."""
         tuning, _ = await self.one(tuning_id)
         with _as_known(tuning):
             return tuning, await self._scheduler.pause(tuning.job_id)
@@ -149,12 +169,12 @@ class Tuning:
 
 @contextlib.contextmanager
 def _as_known(tuning: TuningRecord) -> Iterator[None]:
-    """Conflicts inside name the fine-tuning job, and not the job that does it."""
+    """Refusals inside name the fine-tuning job, and not the job that does it."""
     try:
         yield
-    except Conflict as error:
+    except (Conflict, NotReady) as error:
         said = error.message.replace(tuning.job_id, tuning.tuning_id)
-        raise Conflict(said, error.hint, error.details) from None
+        raise type(error)(said, error.hint, error.details) from None
 
 
 def _hash(request: dict[str, Any]) -> str:

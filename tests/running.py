@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -270,6 +271,39 @@ def http(service: Service, loop: LoopThread) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         serving.result(PATIENCE_S)
+
+
+@contextlib.contextmanager
+def a_hub(monkeypatch: Any, status: int | None = None) -> Iterator[list[str]]:
+    """A hub that answers everything with `status`, or accepts connections and is silent."""
+    import datasets
+
+    asked: list[str] = []
+    silence = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if status is None:
+                silence.wait(10)
+                return
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            if status == 404:
+                self.send_header("x-error-code", "RepoNotFound")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        yield asked
+        silence.set()
+        server.shutdown()
 
 
 # --- a process of its own ------------------------------------------------------------------------

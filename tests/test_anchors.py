@@ -1,20 +1,17 @@
 """Anchors: which rows, which tokens, and what is said when they cannot be had."""
 
-import http.server
 import importlib.util
 import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
-from running import REPOSITORY
+from running import REPOSITORY, a_hub
 
 from radiance_mlx.config.bases import NANO_FOLDER
 from radiance_mlx.errors import AnchorsUnavailable
@@ -245,38 +242,6 @@ def test_progress_bars_are_left_as_they_were(tmp_path):
 
 
 # --- the hub -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def a_hub(monkeypatch, status=None):
-    """A hub that answers everything with `status`, or accepts connections and is silent."""
-    import datasets
-
-    asked, silence = [], threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            if status is None:
-                silence.wait(10)
-                return
-            self.send_response(status)
-            self.send_header("content-length", "0")
-            if status == 404:
-                self.send_header("x-error-code", "RepoNotFound")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        yield asked
-        silence.set()
-        server.shutdown()
 
 
 def test_without_a_network_the_error_comes_at_once(monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import QUICK, Running, http
+from running import QUICK, Running, a_hub, http
 
 from radiance_mlx import client
 from radiance_mlx.cli import output, parts
@@ -210,7 +210,35 @@ def test_a_data_set_is_taught_by_its_columns_and_class_labels_by_their_names(
     ):
         code, body = call(*words)
         assert problem in body["error"]["message"]
-        assert code != 0
+        assert (code, body["error"]["code"]) == (output.USAGE, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [(404, output.USAGE, "invalid_request"), (503, output.FAILED, "dataset_unavailable")],
+    ids=["has it not", "is down"],
+)
+def test_what_was_named_is_at_fault_if_the_hub_has_it_not_and_the_hub_if_it_is_down(
+    call: Callable[..., tuple[int, Any]], monkeypatch: pytest.MonkeyPatch, status: int, code: int, error: str
+) -> None:
+    """As with a file, the exit code is 2 for a name of nothing, and 1 for what may be had another time."""
+    with a_hub(monkeypatch, status):
+        ended, body = call("--dataset", "owner/news")
+    assert (ended, body["error"]["code"]) == (code, error)
+    assert "owner/news" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("words", ["nowhere.jsonl", "--dataset ./nowhere", "--dataset broken.jsonl"])
+def test_a_file_or_data_set_of_this_disk_that_cannot_be_read_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, Any]], words: str
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jsonl").write_text("{")
+    code, body = call(*words.split())
+    assert (code, body["error"]["code"]) == (output.USAGE, "invalid_request")
 
 
 # --- in parts ----------------------------------------------------------------------------------------

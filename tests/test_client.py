@@ -1,20 +1,24 @@
 """The client: finding the service, streams, errors."""
 
+import asyncio
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from radiance_mlx import client, errors
 from radiance_mlx.client import Retry
+from radiance_mlx.client.retrying import retry_after
 from radiance_mlx.client.wire import EventReader, error_from
 
 
@@ -219,6 +223,75 @@ def test_a_stream_is_asked_for_by_its_own_method() -> None:
             c.search_stream("hi", stream=True)
 
 
+#: a call of either client, and what its fault says: the argument, what it is, what it takes
+MISUSED: list[tuple[Callable[[Any], Any], str, str]] = [
+    (lambda c: c.update([{"text": "a"}], wait=None), "wait is None", "wait takes True, False or a number of seconds"),
+    (lambda c: c.update([{"text": "a"}], wait="5"), "wait is '5'", "wait takes True, False or a number of seconds"),
+    (lambda c: c.update([{"text": "a"}], wait=math.nan), "wait is nan", "wait takes True, False or a number"),
+    (lambda c: c.update([{"text": "a"}], idempotency_key=5), "idempotency_key is 5", "idempotency_key takes text"),
+    (lambda c: c.update([{"text": "a"}], tags=None), "tags is None", "tags takes a list of texts"),
+    (lambda c: c.update([{"text": "a"}], tags="alice"), "tags is 'alice'", "tags takes a list of texts"),
+    (lambda c: c.update([{"text": "a"}], wait=True, on_progress=1), "on_progress is 1", "on_progress takes a function"),
+    (lambda c: c.update(5), "examples is 5", "examples takes a list of rows"),
+    (lambda c: c.update("text"), "examples is 'text'", "examples takes a list of rows"),
+    (lambda c: c.update([{"text": "a"}, 5]), "examples[1] is 5", "examples[1] takes a mapping"),
+    (lambda c: c.search(5), "prompt is 5", "prompt takes text, or a list of chat messages"),
+    (lambda c: c.search(None), "prompt is None", "prompt takes text, or a list of chat messages"),
+    (lambda c: c.search(["hi"]), "prompt[0] is 'hi'", "prompt[0] takes a mapping"),
+    (lambda c: c.wait("job_000001", timeout="5"), "timeout is '5'", "timeout takes None or a number of seconds"),
+    (lambda c: c.job(5), "the id is 5", "the id takes text"),
+    (lambda c: c.jobs(5), "the state is 5", "the state takes text"),
+    (lambda c: c.evaluate(5), "checkpoints is 5", "checkpoints takes a list of checkpoints"),
+    (lambda c: c.evaluate("A_1"), "checkpoints is 'A_1'", "checkpoints takes a list of checkpoints"),
+]
+
+
+@pytest.mark.parametrize(("ask", "told", "takes"), MISUSED, ids=[told for _, told, _ in MISUSED])
+def test_an_argument_of_a_wrong_type_is_named_with_what_it_takes_and_nothing_is_sent(
+    recorder: tuple[str, list[tuple[str, str | None]]], ask: Callable[[Any], Any], told: str, takes: str
+) -> None:
+    """By both clients, and not by Python from somewhere within."""
+    url, seen = recorder
+
+    async def with_asyncio() -> None:
+        async with client.AsyncClient(url) as c:
+            await ask(c)
+
+    with client.Client(url) as c:
+        for misused in (lambda: ask(c), lambda: asyncio.run(with_asyncio())):
+            with pytest.raises(errors.InvalidRequest) as caught:
+                misused()
+            assert f"cannot be sent: {told}." in caught.value.message
+            assert takes in caught.value.hint
+    assert seen == []
+
+
+@pytest.mark.parametrize("patience_s", [60.0, math.inf])
+@pytest.mark.parametrize(
+    ("header", "after_s"),
+    [
+        ("1e300", 1e300),
+        ("9" * 400, math.inf),
+        ("-inf", 0.0),
+        ("nan", None),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Mon, 01 Jan 2030 00:00:00 +99999999999999999", None),
+    ],
+)
+def test_a_retry_after_that_is_no_time_to_wait_does_no_harm(
+    header: str, after_s: float | None, patience_s: float
+) -> None:
+    """Nobody waits for ever, whatever the patience; without a sensible one the client's own wait counts."""
+    found = retry_after(httpx.Response(503, headers={"retry-after": header}))
+    assert found == after_s
+    wait_s = Retry(patience_s=patience_s).wait_s(1, found, lambda: 0.0)
+    assert wait_s == (None if after_s else 0.25)
+
+
+def test_a_wait_is_not_doubled_beyond_what_a_number_holds() -> None:
+    assert Retry(attempts=10_000).wait_s(5_000, None, lambda: 0.0) == 8.0
+
+
 def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
     """NaN, infinity and bytes that are no text, wherever they stand; no service is needed to say so."""
     with client.Client(f"http://127.0.0.1:{free_port()}") as c:
@@ -236,8 +309,6 @@ def test_what_json_in_utf_8_cannot_hold_is_named_and_not_sent() -> None:
             assert caught.value.details[0]["field"] == field
         for ask in (
             lambda: c.update([{"text": "a"}], idempotency_key="\udcff"),
-            lambda: c.update("text"),
-            lambda: c.update([{"text": "a"}], tags="user:alice"),
             lambda: c.jobs(state="\udcff"),
             lambda: c.job("\udcff"),
             lambda: c.job(""),

@@ -1,13 +1,14 @@
 """schemathesis over `/openapi.json`, on a running service: no 5xx, no answer outside its description."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase
-from running import FACTS, QUICK, http, running
+from running import FACTS, QUICK, REPOSITORY, http, running
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -127,3 +128,19 @@ def test_every_route_answers_as_it_is_described(described, method, path):
             tried(described, method, path, case)
 
         answers()
+
+
+def test_every_status_of_openais_routes_is_explained():
+    """In the table of docs/openai.md: those that are described, and those that any route may have."""
+    described = {
+        int(status)
+        for path, item in PATHS.items()
+        if path.startswith("/v1/")
+        for operation in item.values()
+        for status in operation["responses"]
+    }
+    rows = re.findall(
+        r"^\| ([\d, ]+) \|", (REPOSITORY / "docs" / "openai.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    explained = {int(status) for row in rows for status in row.split(",")}
+    assert explained == {status for status in described if status >= 400} | {405, 500}

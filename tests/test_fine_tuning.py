@@ -3,19 +3,19 @@
 import asyncio
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import openai
 import pytest
-from running import FACTS, QUICK, REFUSALS, http, nothing_left, running, until
-from starlette.requests import Request
+from running import FACTS, QUICK, REFUSALS, Gate, http, nothing_left, running, until
 
-from radiance_mlx.api.v1.paging import page
 from radiance_mlx.config import load_config
 from radiance_mlx.engine.preparing import fitted
-from radiance_mlx.errors import Conflict, InvalidRequest
+from radiance_mlx.errors import Conflict, InvalidRequest, StoreError
 from radiance_mlx.messages import Example, Terms, TrainBatch
 from radiance_mlx.rows.lines import examples_of_jsonl
+from radiance_mlx.store import Store
 
 #: updates wait for company; what has terms of its own does not
 WAITING = {**QUICK, "update_mode": "batched", "batch.max_examples": 3, "batch.max_age_minutes": 1000}
@@ -239,6 +239,152 @@ def test_a_job_that_begins_anew_after_a_rollback_says_so(started):
     messages = [event.message for event in jobs.list_events(job.id)]
     assert "Fine-tuning job restarted: the stable checkpoint has moved" in messages
     assert jobs.cancel(job.id).status == "cancelled"
+
+
+def pausing(service, jobs, job):
+    """A pause on its way, once it waits for the training to stop."""
+    asked = ThreadPoolExecutor(1).submit(jobs.pause, job.id)
+    until(lambda: job.job_id in service.service._scheduler.running.pausing)
+    return asked
+
+
+def test_what_was_learnt_before_is_kept_by_a_pause_that_comes_before_training_goes_on(tmp_path, monkeypatch):
+    """Resumed, and paused again while its batch is being put together."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        job = create(sdk(client), FACTS[0], hyperparameters=ENDLESS)
+        checkpoint = service.wait_for_step(4)
+        jobs.pause(job.id)
+        kept = json.loads((tmp_path / "state" / "training" / checkpoint / "progress.json").read_text())["step"]
+        gate = Gate(service, service.service._evaluator, "plan", monkeypatch)
+        jobs.resume(job.id)
+        gate.wait()
+        asked = pausing(service, jobs, job)
+        gate.open()
+        assert asked.result(60).status == "paused"
+        jobs.resume(job.id)
+        service.wait_for_step(1)
+        assert service.service._scheduler.running.progress.step > kept
+        assert not [message for message in told(jobs, job) if "restarted" in message]
+
+
+def test_a_pause_that_comes_when_all_is_learnt_waits_for_the_end_and_says_so(tmp_path, monkeypatch):
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        gate = Gate(service, service.service._lineage, "commit", monkeypatch)
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        gate.wait()
+        asked = pausing(service, jobs, job)
+        gate.open()
+        with pytest.raises(openai.ConflictError, match=f"{job.id} was not paused: it is published by now"):
+            asked.result(60)
+
+
+def test_a_pause_that_comes_when_all_is_learnt_holds_if_it_cannot_be_published(tmp_path, monkeypatch):
+    """Somebody has rolled back: it would be trained anew, and waits for that; its finished files are gone."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        ended(sdk(client), create(sdk(client), FACTS[1], hyperparameters={"n_epochs": 1}))
+        gate = Gate(service, service.service._lineage, "commit", monkeypatch)
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        gate.wait()
+        checkpoint = service.service.in_training
+        asked = pausing(service, jobs, job)
+        service.call(service.service.rollback("base", "a test"))
+        gate.open()
+        assert asked.result(60).status == "paused"
+        assert not service.folder(checkpoint).exists()
+        jobs.resume(job.id)
+        made = ended(sdk(client), job).fine_tuned_model
+        assert service.checkpoints()[made].parent is None
+
+
+def test_a_pause_while_nothing_trains_what_is_in_training_may_be_asked_again(tmp_path, monkeypatch):
+    """The store has failed, and what is finished is published when it works again: neither paused nor ended yet."""
+    whole, full = Store.publish, [True]
+
+    def fails(self, *args, **kwargs):
+        if full:
+            raise StoreError("disk full")
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "publish", fails)
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        job = create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1})
+        until(lambda: any("disk full" in warning for warning in service.info()["warnings"]))
+        with pytest.raises(openai.InternalServerError, match=f"{job.id} cannot be paused at this moment") as caught:
+            jobs.pause(job.id)
+        assert (caught.value.status_code, caught.value.response.headers["retry-after"]) == (503, "1")
+        full.clear()
+        service._thread.loop.call_soon_threadsafe(service.service._scheduler.wake)
+        ended(sdk(client), job)
+        with pytest.raises(openai.ConflictError, match="is published"):
+            jobs.pause(job.id)
+
+
+def told(jobs, job):
+    """The messages of a job's events but its steps, oldest first."""
+    events = list(jobs.list_events(job.id))[::-1]
+    return [event.message.removeprefix("Fine-tuning job ") for event in events if event.type == "message"]
+
+
+def test_a_job_that_begins_anew_after_a_crash_says_so(start):
+    """Nothing of it was kept yet."""
+    settings = {**WAITING, "training.save_every_s": 3600}
+    first = start(**settings).ready()
+    job = create(sdk(first.client), FACTS[0], hyperparameters=ENDLESS)
+    first.wait_for_step(job.job_id, 3)
+    first.kill()
+    second = start(**settings).ready()
+    jobs = sdk(second.client).fine_tuning.jobs
+    why = "restarted: it was interrupted before anything of it was kept"
+    until(lambda: told(jobs, job)[1:] == ["started", why, "started"], "the event")
+
+
+@pytest.mark.parametrize(("lr", "anew"), [(3e-4, True), (None, False)], ids=["other settings", "the same"])
+def test_a_job_whose_kept_state_is_of_other_settings_says_so(tmp_path, lr, anew):
+    """After a stop in good order; with the same settings it goes on, and there is nothing to say."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        job = create(sdk(client), FACTS[0], hyperparameters=ENDLESS)
+        service.wait_for_step(3)
+        before = len(list(sdk(client).fine_tuning.jobs.list_events(job.id)))
+    flags = {**WAITING, "training.lr": lr} if lr else WAITING
+    with running(tmp_path, flags) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        until(lambda: len(list(jobs.list_events(job.id))) > before + 2)
+        said = [message for message in told(jobs, job) if message.startswith("restarted")]
+        assert [message.split(":")[1] for message in said] == [" what was kept of it cannot be gone on from"] * anew
+
+
+def test_what_something_else_overtook_while_it_was_paused_says_so(started):
+    """It trains on another checkpoint then, from its first step."""
+    jobs = started.client.fine_tuning.jobs
+    held = create(started.client, FACTS[0], hyperparameters=ENDLESS)
+    started.service.wait_for_step(2, held.job_id)
+    jobs.pause(held.id)
+    ended(started.client, create(started.client, FACTS[1], hyperparameters={"n_epochs": 1}))
+    jobs.resume(held.id)
+    until(lambda: told(jobs, held)[-1] == "started")
+    assert told(jobs, held)[-3:] == ["resumed", "restarted: something else was trained meanwhile", "started"]
+    assert jobs.cancel(held.id).status == "cancelled"
+
+
+def test_a_batch_that_fails_in_company_says_so_to_each(tmp_path, monkeypatch):
+    """Its jobs are tried one by one."""
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        jobs, train = sdk(client).fine_tuning.jobs, service.service._engine.train
+
+        async def fails(batch, *rest):
+            if len(batch.jobs) > 1:
+                raise RuntimeError("a bug")
+            return await train(batch, *rest)
+
+        monkeypatch.setattr(service.service._engine, "train", fails)
+        both = [create(sdk(client), *facts) for facts in (FACTS[:1], FACTS[1:3])]
+        for job in both:
+            ended(sdk(client), job)
+            assert told(jobs, job)[1] == "restarted: its batch failed; its jobs are tried one by one"
 
 
 def test_one_of_several_that_train_together_is_paused_and_the_others_go_on(tmp_path):
@@ -570,17 +716,40 @@ def test_jobs_are_listed_in_pages_and_by_metadata(client):
     ended(client, made[-1])
 
 
-def test_a_page_makes_only_the_documents_that_it_shows():
-    """With `ident`, what is not on it is known by its id alone."""
-    made = []
+def test_a_page_of_jobs_is_one_look_into_the_database_however_many_they_are(started):
+    """And not one for each job, or one for each that is on no page."""
+    made = [create(started.client, FACTS[0], hyperparameters={"n_epochs": 1}) for _ in range(4)]
+    for job in made:
+        ended(started.client, job)
 
-    def shown(number):
-        made.append(number)
-        return {"id": str(number)}
+    def asked(limit):
+        """How often the database was asked for fine-tuning jobs, and for jobs by their ids."""
+        said = []
+        started.service.store(lambda s: s._database._connection.set_trace_callback(said.append))
+        page = started.client.fine_tuning.jobs.list(limit=limit)
+        started.service.store(lambda s: s._database._connection.set_trace_callback(None))
+        assert [job.id for job in page.data[:4]] == [job.id for job in made[::-1]][:limit]
+        return [sum(words in one for one in said) for words in ("FROM tunings", "FROM jobs WHERE job_id")]
 
-    asked = Request({"type": "http", "query_string": b"limit=2&after=4"})
-    found = page(asked, range(1000), shown, ident=str)
-    assert ([one["id"] for one in found["data"]], found["has_more"], made) == (["5", "6"], True, [5, 6])
+    assert asked(1) == asked(4) == [1, 1]
+
+
+def test_a_job_is_told_alike_in_the_list_and_by_itself(tmp_path):
+    """One that was published and one that the policy has rejected, of which nothing can be asked."""
+    strict = {
+        "evaluation.metric": "finetune_loss",
+        "evaluation.catastrophic_delta": 1e-6,
+        "evaluation.rollback_mode": "auto_rollback",
+    }
+    with running(tmp_path, WAITING) as service, http(service.service, service._thread) as client:
+        ended(sdk(client), create(sdk(client), FACTS[0], hyperparameters={"n_epochs": 1}))
+    with running(tmp_path, {**WAITING, **strict}) as service, http(service.service, service._thread) as client:
+        jobs = sdk(client).fine_tuning.jobs
+        rejected = ended(sdk(client), create(sdk(client), FACTS[1], hyperparameters={"n_epochs": 1}), "failed")
+        assert (rejected.error.code, rejected.trained_tokens) == ("rejected", None)
+        listed = jobs.list().data
+        assert listed == [jobs.retrieve(job.id) for job in listed]
+        assert [bool(job.trained_tokens) for job in listed] == [False, True]
 
 
 def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
@@ -592,6 +761,23 @@ def test_a_job_that_is_sent_twice_with_one_key_is_made_once(client):
     assert client.fine_tuning.jobs.create(**body, extra_headers=key).id == first.id
     with pytest.raises(openai.ConflictError):
         client.fine_tuning.jobs.create(**{**body, "seed": 1}, extra_headers=key)
+    ended(client, first)
+
+
+def test_a_key_that_belongs_to_something_else_is_told_with_what_this_api_calls_it(started):
+    """A fine-tuning job by the id that its client knows; an update, which has none here, as what it is."""
+    client = started.client
+    file = upload(client, FACTS[0])
+    body = {"model": "stable", "training_file": file.id}
+    mine = {"Idempotency-Key": "mine"}
+    first = client.fine_tuning.jobs.create(**body, hyperparameters={"n_epochs": 1}, extra_headers=mine)
+    posted = {"examples": [{"input": FACTS[1][0], "output": FACTS[1][1]}]}
+    update = started.http.post("/update", json=posted, headers={"idempotency-key": "theirs"}).json()["job_id"]
+    for key, owner in (("mine", f"belongs to {first.id}, "), ("theirs", "belongs to an update of POST /update, ")):
+        with pytest.raises(openai.ConflictError, match=owner) as caught:
+            client.fine_tuning.jobs.create(**body, seed=1, extra_headers={"Idempotency-Key": key})
+        assert "job_" not in caught.value.message
+    started.http.delete(f"/jobs/{update}").raise_for_status()
     ended(client, first)
 
 

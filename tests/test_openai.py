@@ -426,6 +426,31 @@ def test_values_that_ask_for_nothing_are_taken(client):
     assert client.chat.completions.create(**ask("Hello!", extra_body=nothing)).choices[0].message.content
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", b'{"model": "base", "messages": [{"role": "user", "content": "a"}], "n": 1, "n": 2}', "n"),
+        (
+            "chat/completions",
+            b'{"model": "base", "messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "messages[0].content",
+        ),
+        ("completions", b'{"model": "base", "prompt": "a", "prompt": "b"}', "prompt"),
+        (
+            "fine_tuning/jobs",
+            b'{"model": "base", "training_file": "f", "hyperparameters": {"n_epochs": 1, "n_epochs": 2}}',
+            "hyperparameters.n_epochs",
+        ),
+    ],
+)
+def test_a_parameter_that_is_given_more_than_once_is_refused_by_name(started, path, body, param):
+    """One of its values would be lost in silence."""
+    refused = started.http.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
+    told = refused.json()["error"]
+    assert (refused.status_code, told["param"], told["code"]) == (400, param, "invalid_value")
+    assert told["message"] == f"Parameter '{param}' is given more than once."
+
+
 def test_typed_errors_for_models_prompts_and_routes(started):
     create = started.client.chat.completions.create
     with pytest.raises(openai.NotFoundError) as caught:

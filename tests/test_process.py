@@ -187,6 +187,8 @@ def test_a_job_that_was_taken_up_three_times_is_quarantined_and_its_company_is_p
         last.wait(good, "published")
         (record,) = last.checkpoints().values()
         assert record.jobs == (good,)
+        told = [event["data"] for event in last.store(lambda s: s.events_of(good)) if event["kind"] == "restarted"]
+        assert [one["why"] for one in told] == ["the process ended again and again while it trained with others"]
 
 
 def refusal(process: Process) -> str:

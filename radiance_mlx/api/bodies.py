@@ -11,6 +11,7 @@ from ..errors import InvalidRequest, MalformedBody, PayloadTooLarge, RequestTime
 from ..messages import Example
 from ..rows import SHAPES, understand
 from ..rows.limits import MAX_BODY_MB, Room
+from .repeated import Place, repeated_keys
 from .schemas import UpdateEnvelope
 
 M = TypeVar("M", bound=BaseModel)
@@ -58,9 +59,12 @@ async def content_of(request: Request, settings: ServerSection) -> bytes:
 def parse(model: type[M], body: bytes) -> M:
     """`body` as `model`. Raises `MalformedBody` or `InvalidRequest` with every fault in `details`."""
     try:
-        return model.model_validate_json(body)
+        parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise _explain(error) from None
+    if places := repeated_keys(body):
+        raise _unusable([{"field": _field(place), "problem": "is there more than once"} for place in places])
+    return parsed
 
 
 def parse_update(body: bytes, max_body_mb: float = MAX_BODY_MB) -> tuple[list[Example], list[str]]:
@@ -95,12 +99,15 @@ def _explain(error: ValidationError) -> MalformedBody | InvalidRequest:
     faults = error.errors(include_url=False, include_context=False, include_input=False)
     if any(fault["type"] == "json_invalid" for fault in faults):
         return MalformedBody(f"The body is not JSON in UTF-8: {faults[0]['msg']}", "Check quotes and commas.")
-    details = [
-        {
-            "field": ".".join(str(part) for part in fault["loc"]),
-            "problem": fault["msg"].removeprefix("Value error, "),
-        }
-        for fault in faults
-    ]
+    return _unusable(
+        [{"field": _field(fault["loc"]), "problem": fault["msg"].removeprefix("Value error, ")} for fault in faults]
+    )
+
+
+def _field(place: Place) -> str:
+    return ".".join(str(part) for part in place)
+
+
+def _unusable(details: list[dict[str, str]]) -> InvalidRequest:
     said = "; ".join(f"{d['field']}: {d['problem']}" if d["field"] else d["problem"] for d in details[:5])
     return InvalidRequest(f"The request cannot be used: {said}", "GET /openapi.json describes it.", details)

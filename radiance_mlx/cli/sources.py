@@ -41,7 +41,7 @@ def source_of_pairs(inputs: Sequence[str], outputs: Sequence[str]) -> Source:
 
 
 def source_of_dataset(dataset: str, split: str) -> Source:
-    """A data set of the hub, or of this disk. Raises `DatasetUnavailable`."""
+    """A data set of the hub, or of this disk. Raises `DatasetUnavailable`, `InvalidRequest`."""
     from ..rows.hub import source_of
 
     return source_of(dataset, split)

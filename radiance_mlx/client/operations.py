@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import httpx
 
-from ..errors import InvalidRequest, NotReady, RadianceError, RequestTimeout, ServiceUnreachable
-from . import results
+from ..errors import NotReady, RadianceError, RequestTimeout, ServiceUnreachable
+from . import arguments, results
 from .retrying import BUSY_STATUS, NO_RETRY, Retry, passes, retry_after
 from .wire import Json, error_of, fault_of, json_body, object_of, raise_for, search_body, segment, utf8
 
@@ -111,22 +111,18 @@ class Operations:
         on_progress: OnProgress | None,
     ) -> Steps[results.UpdateResult]:
         """However often it is sent, the key makes one job of it."""
-        key = uuid.uuid4().hex if key is None else key
+        key = uuid.uuid4().hex if key is None else arguments.text("idempotency_key", key)
         headers = {b"Idempotency-Key": utf8(key, "idempotency key").encode()}
-        rows = list(examples)
-        if strange := [i for i, row in enumerate(rows) if not isinstance(row, Mapping)]:
-            raise InvalidRequest(
-                f"The request cannot be sent: example {strange[0]} is no mapping.", "Like {input, output}."
-            )
-        if isinstance(tags, str):  # whose characters would be the tags
-            raise InvalidRequest(f"The request cannot be sent: tags is the text {tags!r}.", f"A list: tags=[{tags!r}].")
-        body = json_body({"examples": [dict(row) for row in rows], "tags": list(tags)})
+        rows = arguments.mappings("examples", examples, arguments.ROWS)
+        body = json_body({"examples": rows, "tags": arguments.listed("tags", tags, "a list of texts")})
+        timeout_s = None if isinstance(wait, bool) else arguments.seconds("wait", wait, "True, False")
+        arguments.called("on_progress", on_progress)
         call = Call("POST", "/update", body, headers=headers, keyed=True)
         accepted = results.UpdateResult.of(object_of((yield from self.answered(call))), key)
         if wait is False:
             return accepted
         try:
-            job = yield from self.wait(accepted.job_id, on_progress, timeout_s=None if wait is True else float(wait))
+            job = yield from self.wait(accepted.job_id, on_progress, timeout_s=timeout_s)
         except RadianceError as error:
             error.details = {"job_id": accepted.job_id, "idempotency_key": key}
             error.hint = f"{error.hint} The update was accepted as {accepted.job_id}; wait for that.".strip()
@@ -144,6 +140,8 @@ class Operations:
     ) -> Steps[results.Job]:
         """The job when it has ended; a service that does not answer for less than `patience_s` is waited for."""
         call = Call("GET", f"/jobs/{segment(job_id)}")
+        timeout_s = None if timeout_s is None else arguments.seconds("timeout", timeout_s, "None")
+        arguments.called("on_progress", on_progress)
         started, silent_since = self._clock(), None
         while True:
             try:
@@ -195,6 +193,7 @@ class Operations:
         self, checkpoints: Sequence[str] | None, against: str | None, anchors: Mapping[str, Any]
     ) -> Steps[httpx.Response]:
         """The response whose events tell how far it is, and at last what was measured."""
-        listed = list(checkpoints) if checkpoints is not None else None
+        takes = "a list of checkpoints, or None for all"
+        listed = None if checkpoints is None else arguments.listed("checkpoints", checkpoints, takes)
         body = json_body({"checkpoints": listed, "against": against, **anchors, "stream": True})
         return (yield from self.answered(Call("POST", "/eval", body, repeatable=False, stream=True)))

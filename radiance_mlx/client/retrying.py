@@ -6,6 +6,7 @@ once.
 """
 
 import email.utils
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ LASTING = frozenset({"anchors_unavailable", "dataset_unavailable"})
 #: what happens before a request is on its way
 UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 NEVER = (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+#: no `Retry-After` is waited for longer, whatever the patience: no sleep takes any number
+LONGEST_AFTER_S = 366 * 86400.0
+#: so often a wait is doubled; more is beyond every `longest_s`, and soon beyond a float
+DOUBLED = 64
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ class Retry:
 
     def wait_s(self, attempt: int, after_s: float | None, draw: Callable[[], float]) -> float | None:
         """Seconds until the attempt after `attempt` (1 is the first), or None: there is none."""
-        if attempt >= self.attempts or (after_s is not None and after_s > self.patience_s):
+        if attempt >= self.attempts or (after_s is not None and after_s > min(self.patience_s, LONGEST_AFTER_S)):
             return None
-        own = min(self.longest_s, self.first_s * 2.0 ** (attempt - 1))
+        own = min(self.longest_s, self.first_s * 2.0 ** min(attempt - 1, DOUBLED))
         return max(own * (1 - draw() / 2), after_s or 0.0)
 
     def may_follow(self, error: httpx.HTTPError, attempt: int, *, repeatable: bool, keyed: bool) -> bool:
@@ -65,15 +70,16 @@ def passes(error: RadianceError) -> bool:
 
 
 def retry_after(response: httpx.Response, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds, from a number or a date."""
+    """Seconds, from a number or a date; None without a header, and for one that says neither."""
     text = response.headers.get("retry-after", "").strip()
     if not text:
         return None
     try:
-        return max(0.0, float(text))
+        seconds = float(text)  # infinite for a number with too many digits
+        return None if math.isnan(seconds) else max(0.0, seconds)
     except ValueError:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now())
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for a year that no date has
         return None

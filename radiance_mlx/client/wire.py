@@ -10,6 +10,7 @@ import httpx
 
 from .. import errors
 from ..errors import ConfigError, InvalidRequest, RadianceError, RequestTimeout, ServiceUnreachable
+from . import arguments
 
 Json = dict[str, Any]
 
@@ -24,14 +25,14 @@ def authorization(token: str | None) -> dict[str, str]:
 
 def segment(name: str) -> str:
     """`name` as one part of a path. An empty one would mean the whole list."""
-    if not name:
+    if not arguments.text("the id", name):
         raise InvalidRequest("The request cannot be sent: the id is empty.")
     return quote(utf8(name, "id"), safe="")
 
 
 def utf8(text: str, what: str) -> str:
-    """`text`. Raises `InvalidRequest` if bytes that are not UTF-8 got into it (as surrogates)."""
-    if not _is_utf8(text):
+    """`text`. Raises `InvalidRequest` if it is none, or bytes that are not UTF-8 got into it (as surrogates)."""
+    if not _is_utf8(arguments.text(f"the {what}", text)):
         raise InvalidRequest(f"The request cannot be sent: the {what} is not UTF-8 text.")
     return text
 
@@ -69,12 +70,14 @@ def _unsendable(value: Any, path: str = "") -> Iterator[dict[str, str]]:
         yield {"field": path, "problem": f"{value} is not a finite number"}
 
 
-def search_body(prompt: str | Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> Json:
+def search_body(prompt: str | Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Json:
     if options.get("stream"):
         raise InvalidRequest(
             "The request cannot be sent: search gives whole answers.", "Use search_stream for a stream."
         )
-    question = {"prompt": prompt} if isinstance(prompt, str) else {"messages": [dict(m) for m in prompt]}
+    question: Json = {"prompt": prompt}
+    if not isinstance(prompt, str):
+        question = {"messages": arguments.mappings("prompt", prompt, "text, or a list of chat messages")}
     return {**question, **{key: value for key, value in options.items() if value is not None}}
 
 

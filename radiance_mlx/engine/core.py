@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..checkpoints import folder as folders
 from ..config import Config
-from ..errors import Conflict, InternalError, Paused, RadianceError, StoreError
+from ..errors import Cancelled, Conflict, InternalError, Paused, RadianceError, StoreError
 from ..evaluation.anchors import AnchorSet
 from ..evaluation.plan import Plan, Subject
 from ..lora import files
@@ -231,7 +231,9 @@ class Engine:
             self._finish(Paused("The job was paused."))
 
     def _finish_training(self, task: TrainingTask, outcome: Any) -> None:
-        task.close(forget_state=isinstance(outcome, RadianceError) and not isinstance(outcome, StoreError | Paused))
+        # what was stopped may be gone on from, also if that came before its first step: who stopped it decides
+        failed = isinstance(outcome, RadianceError) and not isinstance(outcome, StoreError | Cancelled)
+        task.close(forget_state=failed)
         if isinstance(outcome, TrainResult):
             weights = task.live()
             self._trained = (task.batch.checkpoint, task.step, lambda: weights)

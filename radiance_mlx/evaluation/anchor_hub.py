@@ -10,6 +10,7 @@ from .anchor_rows import columns_of
 
 ASKING = Asking(
     AnchorsUnavailable,
+    AnchorsUnavailable,
     "anchor data set",
     "evaluation.anchor_dataset",
     "evaluation.anchor_split",

@@ -6,6 +6,7 @@ made earlier is read without asking.
 """
 
 import glob
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +14,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config.bases import expanded
-from ..errors import DatasetUnavailable, RadianceError
+from ..errors import DatasetUnavailable, InvalidRequest, RadianceError
 from .files import Row, Source
 
 HUB_TIMEOUT_S = 10.0
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+#: how `huggingface_hub` and `datasets` call it; they may be what could not be imported
+ABSENT = frozenset({"RepositoryNotFoundError", "DatasetNotFoundError"})
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Asking:
-    """Who asks for a data set, for errors: their class, what it is called, and the settings that name it."""
+    """Who asks for a data set, for errors: their classes, what it is called, and the settings that name it.
+
+    `error` is for what cannot be had now, `wrong` for what is not there, or not of a kind that can be read.
+    """
 
     error: type[RadianceError] = DatasetUnavailable
+    wrong: type[RadianceError] = InvalidRequest
     what: str = "data set"
     name_setting: str = "--dataset"
     split_setting: str = "--split"
@@ -34,18 +41,23 @@ class Asking:
 
 @contextmanager
 def reading(dataset: str, asking: Asking) -> Iterator[None]:
-    """Inside, no progress bar is shown, and whatever goes wrong is told as `asking.error`."""
+    """Inside, no progress bar is shown, and whatever goes wrong is told as `asking` wants it."""
     try:
         with _no_progress_bars():
             yield
     except RadianceError:
         raise
     except Exception as error:  # datasets, arrow, the hub and the network each raise their own
-        raise asking.error(
+        raise (asking.wrong if _is_at_fault(dataset, error) else asking.error)(
             f"The {asking.what} {dataset} cannot be read: {_reason(error)}",
             f"Check {asking.name_setting} and the network (HF_TOKEN for data sets that ask for it), give a local "
             f"folder or file there{asking.more_hint}.",
         ) from error
+
+
+def _is_at_fault(dataset: str, error: Exception) -> bool:
+    """Whether the data set itself is what is wrong: one of this disk, or one that the hub says it has not."""
+    return os.path.exists(expanded(dataset)) or any(kind.__name__ in ABSENT for kind in type(error).__mro__)
 
 
 def open_split(dataset: str, split: str, asking: Asking) -> Any:
@@ -67,12 +79,12 @@ def _builder(dataset: str, asking: Asking) -> Any:
         return datasets.load_dataset_builder(str(path))
     if path.is_file():
         if path.suffix.lower() not in BUILDERS:
-            raise asking.error(
+            raise asking.wrong(
                 f"The file {path} is of no known kind.", f"Kinds that can be read: {', '.join(BUILDERS)}."
             )
         return datasets.load_dataset_builder(BUILDERS[path.suffix.lower()], data_files=glob.escape(str(path)))
     if not HUB_NAME.fullmatch(dataset) or path.suffix.lower() in BUILDERS:
-        raise asking.error(
+        raise asking.wrong(
             f"There is no {asking.what} {dataset}: no such folder or file.",
             f"{asking.name_setting} is a hub name (owner/name), a folder, or one file.",
         )
@@ -109,7 +121,7 @@ def _split(builder: Any, dataset: str, split: str, asking: Asking) -> Any:
     except ValueError as error:
         if split in (builder.info.splits or ()):
             raise
-        raise asking.error(
+        raise asking.wrong(
             f"The {asking.what} {dataset} has no split {split}; it has: {', '.join(builder.info.splits or ())}.",
             f"Name one of them in {asking.split_setting}.",
         ) from error
@@ -138,7 +150,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def source_of(dataset: str, split: str) -> Source:
-    """The rows of a split, read one by one; class labels as their names. Raises `DatasetUnavailable`."""
+    """The rows of a split, read one by one; class labels as their names.
+
+    Raises `DatasetUnavailable`, or `InvalidRequest` for what is not there.
+    """
     asking = Asking()
     with reading(dataset, asking):
         table = open_split(dataset, split, asking)

@@ -5,7 +5,7 @@ Each function works inside a transaction that its caller holds.
 
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -88,6 +88,14 @@ def one(db: sqlite3.Connection, checkpoint: str) -> CheckpointRecord:
     if row is None:
         raise NotFound(f"There is no checkpoint {checkpoint}.", "List the checkpoints to see their ids.")
     return _record(row)
+
+
+def many(db: sqlite3.Connection, names: Sequence[str]) -> list[CheckpointRecord]:
+    """Those of `names` that there are, in no order."""
+    rows = db.execute(
+        "SELECT * FROM checkpoints WHERE checkpoint IN (SELECT value FROM json_each(?))", (to_json(list(names)),)
+    )
+    return [_record(row) for row in rows]
 
 
 def oldest_first(db: sqlite3.Connection, base_hash: str | None) -> list[CheckpointRecord]:

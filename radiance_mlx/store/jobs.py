@@ -85,8 +85,11 @@ def by_key(db: sqlite3.Connection, idempotency_key: str) -> JobRecord | None:
 
 
 def many(db: sqlite3.Connection, job_ids: Iterable[str]) -> list[JobRecord]:
-    """The named jobs in the order given, each once."""
-    return [one(db, job_id) for job_id in dict.fromkeys(job_ids)]
+    """The named jobs in the order given, each once. Raises `NotFound`."""
+    wanted = list(dict.fromkeys(job_ids))
+    rows = db.execute(f"SELECT * FROM jobs WHERE {_IN_LIST}", (to_json(wanted),))
+    found = {row["job_id"]: _record(row) for row in rows}
+    return [found[job_id] if job_id in found else one(db, job_id) for job_id in wanted]
 
 
 def newest(db: sqlite3.Connection, state: str | None, limit: int, before: int | None) -> list[JobRecord]:

@@ -2,13 +2,16 @@
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from ..errors import NotFound
 from ..messages import Example
-from . import acceptance, jobs
+from . import acceptance, checkpoints, jobs
+from .checkpoints import CheckpointRecord
 from .database import Database, to_json
 from .jobs import JobRecord
 
@@ -25,6 +28,7 @@ class TuningRecord:
 
 
 Tuned = tuple[TuningRecord, JobRecord]
+_COLUMNS = ", ".join(TuningRecord.__slots__)  # not the examples for validation, which may be large
 
 
 class Tunings:
@@ -54,10 +58,23 @@ class Tunings:
             found = [] if job is None else _where(db, "WHERE job_id = ?", job.job_id)
         return found[0] if found else None
 
-    def all(self) -> list[Tuned]:
-        """Newest first."""
+    def page(
+        self, metadata: Mapping[str, str], after: str | None, limit: int
+    ) -> tuple[list[tuple[TuningRecord, JobRecord, CheckpointRecord | None]], bool]:
+        """Those that have this metadata, newest first, from the one that follows `after`; and whether there are more.
+
+        Each with its job, and the checkpoint that was published of it. Raises `NotFound` if `after` is none of them.
+        """
         with self._database.read() as db:
-            return _where(db, "ORDER BY number DESC")
+            with closing(db.execute(f"SELECT {_COLUMNS} FROM tunings ORDER BY number DESC")) as rows:
+                found = _with_metadata(map(_record, rows), metadata)
+                if after is not None and not any(tuning.tuning_id == after for tuning in found):
+                    raise NotFound(f"{after} is not in this list.")
+                tunings = list(islice(found, limit + 1))
+            tuned = _with_jobs(db, tunings[:limit])
+            published = [job.checkpoint for _, job in tuned if job.state == "published" and job.checkpoint is not None]
+            records = {record.checkpoint: record for record in checkpoints.many(db, published)}
+            return [(tuning, job, records.get(job.checkpoint or "")) for tuning, job in tuned], len(tunings) > limit
 
     def names(self) -> dict[str, str]:
         """`checkpoint:suffix` → checkpoint, of those that were given a suffix; newest first."""
@@ -88,11 +105,17 @@ def insert(db: sqlite3.Connection, tuning: TuningRecord, validation: Sequence[Ex
 
 
 def _where(db: sqlite3.Connection, condition: str, *values: str) -> list[Tuned]:
-    rows = db.execute(f"SELECT * FROM tunings {condition}", values).fetchall()
-    return [
-        (
-            TuningRecord(row["tuning_id"], row["job_id"], row["created"], row["suffix"], json.loads(row["request"])),
-            jobs.one(db, row["job_id"]),
-        )
-        for row in rows
-    ]
+    rows = db.execute(f"SELECT {_COLUMNS} FROM tunings {condition}", values)
+    return _with_jobs(db, [_record(row) for row in rows])
+
+
+def _with_jobs(db: sqlite3.Connection, tunings: Sequence[TuningRecord]) -> list[Tuned]:
+    return list(zip(tunings, jobs.many(db, [tuning.job_id for tuning in tunings]), strict=True))
+
+
+def _with_metadata(tunings: Iterator[TuningRecord], metadata: Mapping[str, str]) -> Iterator[TuningRecord]:
+    return (one for one in tunings if metadata.items() <= (one.request.get("metadata") or {}).items())
+
+
+def _record(row: sqlite3.Row) -> TuningRecord:
+    return TuningRecord(**{**dict(row), "request": json.loads(row["request"])})

@@ -16,7 +16,7 @@ from . import shapes
 from .asking import TRAINING, checkpoint_of
 from .errors import BadParameter
 from .files import examples_of_file
-from .paging import chosen, page
+from .paging import chosen, document, not_listed, page, whole
 from .parsing import parsed
 from .stream import sse
 from .tuning_requests import TuningRequest
@@ -78,18 +78,13 @@ async def list_tunings(request: Request) -> Response:
     service = service_of(request)
     asked = request.query_params.items()
     wanted = {key[9:-1]: value for key, value in asked if key.startswith("metadata[") and key.endswith("]")}
-    found = [
-        (tuning, job)
-        for tuning, job in await service.tuning.all()
-        if wanted.items() <= (tuning.request.get("metadata") or {}).items()
-    ]
-    records = {record.checkpoint: record for record in await service.checkpoints()}
-    listed = page(
-        request,
-        found,
-        lambda tuned: tuning_body(service, tuned, records.get(tuned[1].checkpoint or "")),
-        ident=lambda tuned: tuned[0].tuning_id,
-    )
+    limit, after = whole(request, "limit", 20, 1, 100), request.query_params.get("after")
+    try:
+        made, more = await service.tuning.page(wanted, after, limit)
+    except NotFound:
+        raise not_listed(after) from None
+    data = [tuning_body(service, (tuning, job), record) for tuning, job, record in made]
+    listed = document(data, more)
     return JSONResponse(listed, headers=shapes.headers(*service.current))
 
 

@@ -17,31 +17,34 @@ def page(
     items: Sequence[T],
     shown: Callable[[T], dict[str, Any]],
     *,
-    ident: Callable[[T], str] | None = None,
     limit: int = 20,
     most: int = 100,
 ) -> dict[str, Any]:
-    """The part of `items` that was asked for. Raises `BadParameter`.
-
-    `shown` gives each one's document, and `ident` the id that is in it, for documents that cost something to make.
-    """
+    """The part of `items` that was asked for, each as `shown` gives it. Raises `BadParameter`."""
     count = whole(request, "limit", limit, 1, most)
     start, after = 0, request.query_params.get("after")
     if after is not None:
-        place = next(
-            (place for place, item in enumerate(items) if (ident(item) if ident else shown(item)["id"]) == after), None
-        )
+        place = next((place for place, item in enumerate(items) if shown(item)["id"] == after), None)
         if place is None:
-            raise BadParameter("after", f"'after' names {after!r}, which is not in this list.")
+            raise not_listed(after)
         start = place + 1
-    data = [shown(item) for item in items[start : start + count]]
+    return document([shown(item) for item in items[start : start + count]], start + count < len(items))
+
+
+def document(data: list[dict[str, Any]], more: bool) -> dict[str, Any]:
+    """One page of documents; whether there are `more` after it."""
     return {
         "object": "list",
         "data": data,
         "first_id": data[0]["id"] if data else None,
         "last_id": data[-1]["id"] if data else None,
-        "has_more": start + count < len(items),
+        "has_more": more,
     }
+
+
+def not_listed(after: str | None) -> BadParameter:
+    """What `after` names is in no page."""
+    return BadParameter("after", f"'after' names {after!r}, which is not in this list.")
 
 
 def whole(request: Request, name: str, default: int, low: int, high: int) -> int:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from ...errors import MalformedBody
 from ..bodies import read_body
+from ..repeated import repeated_keys
 from ..routing import service_of
 from ..schemas import Body
 from .errors import BadParameter
@@ -46,9 +47,13 @@ async def parsed(request: Request, model: type[M], *, optional: bool = False) ->
 def parse_openai(model: type[M], body: bytes) -> M:
     """`body` as `model`. Raises `MalformedBody` or `BadParameter`."""
     try:
-        return model.model_validate_json(body)
+        parsed = model.model_validate_json(body)
     except ValidationError as error:
         raise _explained(error, model.REFUSED) from None
+    if places := repeated_keys(body):
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places[0]).removeprefix(".")
+        raise BadParameter(param, f"Parameter '{param}' is given more than once.")
+    return parsed
 
 
 def _explained(error: ValidationError, refused: Mapping[str, str]) -> MalformedBody | BadParameter:
