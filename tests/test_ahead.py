@@ -6,6 +6,8 @@ from running import FACTS, QUICK, running, until
 
 from radiance_mlx import offline
 from radiance_mlx.config import load_config
+from radiance_mlx.engine import asked
+from radiance_mlx.engine.asked import Asked
 
 SMALL = {
     **QUICK,
@@ -31,6 +33,11 @@ def kept(home):
     return {file.name: file.stat().st_mtime_ns for file in files}
 
 
+def marks(home):
+    """Of asking that is under way, or was broken off."""
+    return list(home.glob("state/rehearsal/*/asking"))
+
+
 def weights(service, checkpoint):
     return (service.folder(checkpoint) / "adapters.safetensors").read_bytes()
 
@@ -40,7 +47,7 @@ def test_what_every_update_needs_is_there_before_the_first(tmp_path):
     with running(tmp_path / "ahead", SMALL) as service:
         until(lambda: not service.info()["engine"]["asking_ahead"], "the base asked")
         before = kept(tmp_path / "ahead")
-        assert {"rows.json", "wordings.json"} <= before.keys() or len(before) > 2
+        assert {"rehearsal.json", "rehearsal.safetensors", "wordings.json"} <= before.keys()
         ahead = weights(service, service.learn(FACTS[0]))
         assert kept(tmp_path / "ahead") == before
     with running(tmp_path / "then", SMALL, rehearsal__ask_ahead=False) as service:
@@ -53,21 +60,47 @@ def test_what_every_update_needs_is_there_before_the_first(tmp_path):
         assert kept(tmp_path / "ahead") == before
 
 
-def test_an_update_that_comes_meanwhile_waits_for_it_and_is_learnt(tmp_path):
+def test_an_update_that_comes_meanwhile_waits_for_it_and_is_learnt(tmp_path, monkeypatch):
     """What has been asked by then is not asked again for it."""
+    drawn, say = [], asked.say_anything
+    monkeypatch.setattr(
+        asked, "say_anything", lambda *args, **named: drawn.append(named["count"]) or say(*args, **named)
+    )
     with running(tmp_path, SMALL, rehearsal__samples=150) as service:
         job = service.post(FACTS[0])
         until(lambda: service.job(job).state == "training", "training")
         assert asking(service)
         service.wait(job, "published")
         assert not asking(service)
+    assert drawn == [150]
+
+
+def test_what_cannot_be_learnt_is_refused_without_waiting_for_it(tmp_path, unlimited):
+    """Whether the batch fits into memory is looked at before the base would be asked for it."""
+    flags = {**ENDLESS, "training.max_seq_length": 512, "memory.limit_gb": 0.05}
+    with running(tmp_path, flags, training__batch_size=64) as service:
+        facts = [(f"{question} {'x ' * 200}", answer) for question, answer in FACTS[:40]]
+        job = service.wait(service.post(*facts), "failed")
+        assert "needs about" in job.error["message"]
+        assert asking(service)
 
 
 def test_requests_measuring_and_a_cancelled_update_do_not_wait_for_it(tmp_path):
     """Searches come first, `eval` does too, and an update that nobody wants any more ends at once."""
     flags = {**ENDLESS, "evaluation.anchor_provider": None, "evaluation.anchor_sample": 2}
     with running(tmp_path, flags) as service:
-        assert service.ask(FACTS[0][0]).text
+        until(lambda: asking(service), "asking")
+        turns = []
+
+        def counted(engine):
+            ask, draw = engine._ahead.slice, engine._decoder.step
+            engine._ahead.slice = lambda seconds: turns.append("ask") or ask(seconds)
+            engine._decoder.step = lambda: turns.append("draw") or draw()
+
+        service.engine(counted)
+        service.ask(FACTS[0][0], max_tokens=12)
+        first, last = turns.index("draw"), len(turns) - turns[::-1].index("draw")
+        assert set(turns[first:last]) == {"draw"}
         found = service.call(service.service.evaluate(["base"], None, {}))
         assert len(found["results"]) == 1
         job = service.post(FACTS[0])
@@ -76,6 +109,31 @@ def test_requests_measuring_and_a_cancelled_update_do_not_wait_for_it(tmp_path):
         service.wait(job, "cancelled")
         assert asking(service)
     assert not kept(tmp_path)  # stopped in the middle: nothing half drawn is there
+    assert not marks(tmp_path)
+
+
+def test_a_process_that_ends_while_it_asks_does_not_try_again_at_every_start(tmp_path, start):
+    """The next one answers, and leaves it to the update that needs it, whose attempts are counted."""
+    settings = {**ENDLESS, "server.log_level": "warning"}
+    process = start(**settings).ready()
+    until(lambda: marks(process.home), "asking")
+    process.kill()
+    flags = {**SMALL, "rehearsal.samples": 16}
+    with running(process.home, flags) as service:
+        assert not asking(service)
+        assert service.ask(FACTS[0][0]).text
+        service.learn(FACTS[0])
+        assert "wordings.json" in kept(process.home)
+        assert not marks(process.home)
+
+
+def test_where_nothing_can_be_kept_nothing_is_asked_ahead(tmp_path):
+    """It would be asked once more by each update."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "rehearsal").write_text("no folder")
+    with running(tmp_path, SMALL) as service:
+        assert not asking(service)
+        service.learn(FACTS[0])
 
 
 def test_nothing_is_asked_where_no_switch_needs_it(tmp_path):
@@ -86,8 +144,6 @@ def test_nothing_is_asked_where_no_switch_needs_it(tmp_path):
 
 def test_a_fault_while_asking_ahead_costs_no_more_than_that(tmp_path, monkeypatch):
     """It is logged; searches are answered, and the update asks for itself."""
-    from radiance_mlx.engine.asked import Asked
-
     samples, failed = Asked.samples, []
 
     def broken(self, settings, out):
@@ -100,6 +156,7 @@ def test_a_fault_while_asking_ahead_costs_no_more_than_that(tmp_path, monkeypatc
     with running(tmp_path, SMALL) as service:
         until(lambda: not asking(service), "given up")
         assert failed
+        assert not marks(tmp_path)
         assert service.ask(FACTS[0][0]).text
         service.learn(FACTS[0])
         assert "wordings.json" in kept(tmp_path)
@@ -111,4 +168,4 @@ def test_measuring_without_a_service_asks_nothing(tmp_path):
     loaded = load_config(home=tmp_path, flags={**SMALL, "evaluation.anchor_provider": "local"}, environ={})
     found = offline.evaluate(loaded, ["base"], None, None, {})
     assert len(found["results"]) == 1
-    assert not (tmp_path / "state" / "rehearsal").exists()
+    assert not (tmp_path / "state" / "rehearsal").exists()  # not even a mark that asking has begun

@@ -19,6 +19,11 @@ from radiance_mlx.messages import Example, Terms, TrainBatch
 NEVER, ALWAYS = 1e-9, 100.0
 
 
+def extensions(job):
+    """What its notes say of them."""
+    return [note for note in job.notes if note.startswith("not learnt in ")]
+
+
 @pytest.fixture(scope="module")
 def base():
     return tiny.model()
@@ -76,22 +81,62 @@ def test_refocusing_goes_on_in_an_extension(base):
     assert sorted(run._focuses) == [2, 4, 8, 10]
 
 
+def test_the_sample_of_each_evaluation_goes_on_in_an_extension(base):
+    """A curve as that of a longer run: after each `eval_every` steps but the last."""
+    run, _ = run_with(base, 0.06, extensions=1, learnt_loss=0.05, eval_every=2)
+    assert [row["step"] for row in run.history.evals] == [2, 4, 8, 10]
+
+
+def test_a_run_that_is_taken_up_again_knows_its_extensions(base):
+    """And for which losses it had them."""
+    run, _ = run_with(base, 0.06, extensions=2, learnt_loss=0.05)
+    again = tiny.trainer(base, tiny.examples(6), run.settings)
+    again.resume(*run.state())
+    assert again.total_steps == 18
+    assert again.holdout.extended == [0.06, 0.06]
+    assert not again.extend(0.06)
+
+
 def test_an_update_that_is_not_learnt_is_extended_and_says_so(tmp_path):
-    """Its curve has all steps, and its notes each extension; the loss that counts is that of what answers."""
+    """Its curve has all steps, and its notes each extension."""
     flags = {**QUICK, "training.max_steps": 4, "training.extensions": 2, "training.learnt_loss": NEVER}
     with running(tmp_path, flags) as service:
         job = service.wait(service.post(FACTS[0]), "published")
-        assert any(note.startswith("not learnt in 4 steps (loss ") for note in job.notes)
-        assert sum(note.endswith(": 4 more") for note in job.notes) == 2
+        assert [note.split(" (")[0] for note in extensions(job)] == ["not learnt in 4 steps", "not learnt in 8 steps"]
+        assert all(note.endswith(": 4 more") for note in extensions(job))
         metrics = json.loads((tmp_path / "metrics" / f"{job.checkpoint}.json").read_text())
         assert len(metrics["curves"]["finetune_loss"]) == 12
     with running(tmp_path, flags, training__learnt_loss=ALWAYS) as service:
-        job = service.wait(service.post(FACTS[1]), "published")
-        assert not any("more" in note for note in job.notes)
+        assert not extensions(service.wait(service.post(FACTS[1]), "published"))
+
+
+def test_the_loss_that_counts_is_that_of_what_answers_and_what_learns_is_whole(tmp_path, monkeypatch):
+    """With the adapter merged toward the base; an extension trains at the scale of the first steps."""
+    scales, step = [], Trainer._timed_step
+
+    def noted(self, *batches):
+        scales.append(next(m.scale for m in self.tree.module.modules() if hasattr(m, "lora_a")))
+        return step(self, *batches)
+
+    monkeypatch.setattr(Trainer, "_timed_step", noted)
+    flags = {**QUICK, "training.max_steps": 10, "training.batch_size": 4, "lineage": "fresh"}
+    losses = {}
+    for part in (1.0, 0.2):
+        with running(tmp_path / str(part), flags, serving__merge_toward_base=part) as service:
+            checkpoint = service.learn(FACTS[0])
+            losses[part] = service.checkpoints()[checkpoint].metrics["finetune_loss"]
+    assert losses[1.0] < losses[0.2]
+    between = (losses[1.0] + losses[0.2]) / 2
+    scales.clear()
+    more = {"training.extensions": 1, "training.learnt_loss": between, "serving.merge_toward_base": 0.2}
+    with running(tmp_path / "extended", {**flags, **more}) as service:
+        assert extensions(service.wait(service.post(FACTS[0]), "published"))
+    assert len(scales) == 20
+    assert len(set(scales)) == 1
 
 
 def test_an_interrupted_extension_goes_on_bit_by_bit(tmp_path):
-    """Stopped in its middle, the batch knows how many it has had."""
+    """Stopped in its middle; its notes tell of all extensions."""
     flags = {**QUICK, "training.max_steps": 20, "training.extensions": 2, "training.learnt_loss": NEVER}
     made = {}
     for name, cut in [("whole", False), ("cut", True)]:
@@ -104,9 +149,11 @@ def test_an_interrupted_extension_goes_on_bit_by_bit(tmp_path):
                 service.wait(job, "published")
         with running(home, flags) as service:
             found = service.wait(job, "published")
-            made[name] = (service.folder(found.checkpoint) / "adapters.safetensors").read_bytes()
+            weights = (service.folder(found.checkpoint) / "adapters.safetensors").read_bytes()
+            made[name] = (weights, extensions(found))
             assert any("taken up again" in note for note in found.notes) is cut
     assert made["whole"] == made["cut"]
+    assert len(made["cut"][1]) == 2
 
 
 def test_steps_that_somebody_has_counted_are_not_extended(tmp_path):

@@ -21,6 +21,7 @@ def test_padding_changes_nothing_but_the_rows_of_a_product(tied):
     padded = copy.deepcopy(plain)
     pad_rows(padded, 16)
     assert all(isinstance(m, LINEAR) for m in padded.modules() if type(m).__name__ == "Linear")
+    assert not {nn.Linear, nn.Embedding} & {type(m) for m in padded.modules()}  # the embedding may be the head
     for rows, length in [(1, 1), (3, 1), (5, 2), (16, 1), (7, 5)]:
         tokens = mx.array(tiny.prompts(*[length] * rows))
         wanted, found = plain(tokens), padded(tokens)
@@ -29,7 +30,7 @@ def test_padding_changes_nothing_but_the_rows_of_a_product(tied):
 
 
 def test_the_product_is_of_so_many_rows_and_few_are_left_alone():
-    """With a bias, and rows in more than one dimension."""
+    """Few in all, or few in the last block. With a bias, and rows in more than one dimension."""
     seen = []
 
     class Noting(nn.Linear):
@@ -39,10 +40,10 @@ def test_the_product_is_of_so_many_rows_and_few_are_left_alone():
 
     linear = Noting(4, 6)
     call = padding._padded(Noting.__call__, 16)
-    for shape in [(2, 1, 4), (3, 1, 4), (16, 4), (2, 3, 3, 4), (33, 4)]:
+    for shape in [(2, 1, 4), (3, 1, 4), (4, 1, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (36, 4)]:
         x = mx.random.normal(shape)
         assert mx.allclose(call(linear, x), nn.Linear.__call__(linear, x), atol=1e-6)
-    assert seen == [(2, 1, 4), (16, 4), (16, 4), (32, 4), (48, 4)]
+    assert seen == [(2, 1, 4), (3, 1, 4), (16, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (48, 4)]
 
 
 def test_rows_are_padded_where_it_was_measured_to_pay(monkeypatch):

@@ -1,7 +1,7 @@
 """What is asked of the base for every update alike, asked while nothing else is to be done: at the start, as a rule.
 
-Engine's work like folding and training, in slices, but the last of all: requests need not share the time with it. A
-batch that comes meanwhile needs the same, so it waits for it and loses nothing by that.
+Engine's work like folding and training, in slices, but the last of all: requests do not share the time with it. A batch
+that has come to where it would ask the same waits for it, and shares as it would itself.
 """
 
 import gc
@@ -22,10 +22,13 @@ class AskingAhead:
 
     def __init__(self, foundation: Foundation, config: Config) -> None:
         self._slices: Slices | None = None
-        lasting = Lasting.of(foundation, config) if config.rehearsal.ask_ahead else None
-        if lasting is not None and lasting.asks:
-            longest = min(config.training.max_seq_length, foundation.base.context)
-            self._slices = Slices(lasting.ask_ahead(longest), lambda: None)
+        self._lasting = lasting = Lasting.of(foundation, config) if config.rehearsal.ask_ahead else None
+        if lasting is None or not lasting.asks:
+            return
+        if not lasting.base.begin_ahead():
+            return
+        longest = min(config.training.max_seq_length, foundation.base.context)
+        self._slices = Slices(lasting.ask_ahead(longest), lambda: None)
 
     @property
     def pending(self) -> bool:
@@ -45,8 +48,9 @@ class AskingAhead:
 
     def stop(self) -> None:
         """Let go of it; what has been asked to its end is on disk."""
-        if self._slices is None:
+        if self._slices is None or self._lasting is None:
             return
-        self._slices = None
+        self._lasting.base.end_ahead()
+        self._slices = self._lasting = None
         gc.collect()
         backend.release_memory()

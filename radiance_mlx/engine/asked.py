@@ -65,6 +65,32 @@ class Asked:
         self.asked_with = json.dumps(encoder.template_args, sort_keys=True, default=str)
         self._marks = tuple(encoder.tokenizer.all_special_tokens)
 
+    def begin_ahead(self) -> bool:
+        """Leave a mark that the base is being asked ahead; whether that may be done.
+
+        Not where nothing can be kept, nor where the mark is there already: the process ended in the middle. Were it
+        tried at every start, a base that cannot be asked here would never serve; an update has a count of its attempts.
+        """
+        if self._mark.exists():
+            log.warning("asking the base ahead of updates was broken off last time: the next update asks")
+            return False
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(self._mark, b"")
+        except OSError as error:
+            _not_kept(self._mark, error)
+            return False
+        return True
+
+    def end_ahead(self) -> None:
+        """Take the mark away."""
+        with contextlib.suppress(OSError):
+            self._mark.unlink(missing_ok=True)
+
+    @property
+    def _mark(self) -> Path:
+        return self.folder / "asking"
+
     @cached_property
     def depth(self) -> str:
         """Of the prefix that rows are kept from; empty where there is none."""

@@ -94,6 +94,7 @@ class Lasting:
     def prepare(self, lesson: Lesson, anchors: Sequence[Encoded]) -> Iterator[Piece]:
         """Ask the base what has to be asked. The same lesson gives the same rows, also after an interruption."""
         yield from self.ask_ahead(lesson.max_tokens)
+        self.base.end_ahead()  # it can be asked here
         self.kept = list(range(len(lesson.examples)))
         if self._settings.rewording:
             yield from self._reword(lesson)

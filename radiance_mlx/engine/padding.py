@@ -1,7 +1,6 @@
 """A batch's products on the CPU, padded to as many rows as OpenBLAS multiplies best.
 
-It divides a product among its threads by blocks of rows, and rows that do not fill the blocks cost more than those
-that do: with two threads, the products of a decoding step took 21 ms for 8 rows, 33 for 12 and 17 for 16
+It divides a product among its threads by blocks of rows, and a block that is partly filled costs more than a full one
 (docs/benchmarks.md). Rows of zeros are put below the others and left out of what comes out, linear by linear: nothing
 else has more to do.
 """
@@ -16,8 +15,8 @@ from .. import blas
 
 #: threads of OpenBLAS → rows that fill their blocks. One thread has no such steps; more than two were not measured
 GRAINS = {2: 16}
-#: fewer rows are computed by other code of the library, which has no such steps either
-LEAST = 3
+#: with fewer rows than that in the last block it is not filled up: they are computed by other code of the library
+LEAST = 4
 
 
 def grain_here() -> int:
@@ -40,7 +39,7 @@ def pad_rows(tree: nn.Module, grain: int) -> None:
 def _padded(product: Callable[..., mx.array], grain: int) -> Callable[..., mx.array]:
     def call(module: Any, x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if rows < LEAST or rows % grain == 0:
+        if rows % grain < LEAST:
             return product(module, x)
         y = product(module, mx.pad(x.reshape(rows, -1), ((0, -rows % grain), (0, 0))))
         return y[:rows].reshape(*x.shape[:-1], -1)

@@ -98,6 +98,8 @@ class Preparation:
         self._bank_bytes, self._base_head, self._ranks = bank_bytes, base_head, ranks
         self._lasting = Lasting.of(foundation, config)
         self._asked = self._lasting.base if self._lasting else None
+        #: whether the base is to be asked next, or has been: what had to be looked at before is done
+        self.at_asking = False
         self.examples: list[Encoded] = []
         self.notes = list(batch.notes)
         self.head: TargetRows | None = None
@@ -115,6 +117,8 @@ class Preparation:
         mx.reset_peak_memory()
         yield Piece([], barrier=True)
         if self._lasting:
+            self.at_asking = True
+            yield Piece([], barrier=True, pause=True)  # what is asked ahead has its turn
             yield from self._lasting.prepare(self._lesson(), self._rehearsed)
             self.notes += self._lasting.notes
             self.examples = [self.examples[i] for i in self._lasting.kept]

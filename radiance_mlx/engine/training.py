@@ -98,7 +98,7 @@ class TrainingTask:
         facts: list[Any] = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
         facts.append(config.model.chat_template_args)
         chosen = (config.lora, config.training, config.replay, config.rehearsal)
-        sections = [section.model_dump() for section in chosen]
+        sections = [section.model_dump(exclude={"ask_ahead"}) for section in chosen]  # when it is asked changes nothing
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
 
     def _resume(self, trainer: Trainer) -> bool:
@@ -152,7 +152,7 @@ class TrainingTask:
     @property
     def needs_base_asked(self) -> bool:
         """Whether what is asked ahead of updates is to come first: it would be asked for this one."""
-        return not self._cancelled.is_set()
+        return self._preparation.at_asking and not self._cancelled.is_set()
 
     def live(self) -> AdapterWeights:
         """The weights as they are now."""
@@ -191,12 +191,8 @@ class TrainingTask:
             yield from trainer.run() if self._sliced else run_whole(trainer, self._after_step)
             trainer.tree.set_scale(self._served_scale)
             yield from trainer.evaluate_all(self._final)
-            done = trainer.step
             if not trainer.extend(self._final[-1]):
                 return
-            self._notes.append(
-                f"not learnt in {done} steps (loss {self._final[-1]:.3g}): {trainer.total_steps - done} more"
-            )
 
     def _validate(self) -> Iterator[Piece]:
         """The loss of examples that were not learnt."""
@@ -239,6 +235,9 @@ class TrainingTask:
 
     def _result(self) -> TrainResult:
         lora = self._config.lora
+        for times, loss in enumerate(self._trainer.holdout.extended, 1):
+            steps = self._settings.max_steps
+            self._notes.append(f"not learnt in {times * steps} steps (loss {loss:.3g}): {steps} more")
         if self._trainer.finished_early:
             self._notes.append(self._trainer.finished_early)
         written = self._write()

@@ -65,8 +65,8 @@ class Holdout:
         #: of the originals, those that are never trained on
         self.never_trained = sorted({origins[i] for i in out}) if settings.eval_holdout else []
         self.second_from: int | None = None
-        #: how often the steps have been, or are being, run once more
-        self.extensions = 0
+        #: the losses for which the steps have been, or are being, run once more
+        self.extended: list[float] = []
         self.best: Best | None = None
 
     @property
@@ -86,7 +86,7 @@ class Holdout:
         """Optimizer steps of the first phase, unless it ends early."""
         steps = self._settings.max_steps
         if not self.has_second:
-            return steps * (1 + self.extensions)
+            return steps * (1 + len(self.extended))
         return min(max(1, round(steps * (1.0 - self._settings.eval_fraction))), steps - 1)
 
     @property

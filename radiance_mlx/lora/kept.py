@@ -47,6 +47,15 @@ def save_kept(place: Path, kept: Mapping[bytes, mx.array], depth: str) -> Iterat
             yield
 
 
+def size_of(place: Path) -> int:
+    """Bytes of its parts on the disk."""
+    size = 0
+    for file in parts_of(place):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size
+
+
 def load_kept(place: Path, depth: str, limit: int, wanted: Collection[bytes]) -> Iterator[dict[bytes, mx.array]]:
     """Of what `save_kept` wrote, the `wanted` rows of each part that is whole and of the same depth and device.
 

@@ -28,7 +28,7 @@ from .distributions import DIVERGENCE, likeliest
 from .encoding import Encoded
 from .files import load_arrays, save_arrays
 from .head import TargetRows
-from .kept import load_kept, row_key, save_kept
+from .kept import load_kept, row_key, save_kept, size_of
 from .prefix import rows_of, side_by_side
 from .step import Piece, in_order, losses_at_targets, noted, quiet_logits
 from .tree import TrainingTree
@@ -354,7 +354,8 @@ def with_hidden(
     """
     keys = [row_key(r.row.tokens[:-1]) for r in rows]
     kept: dict[bytes, mx.array] = {}
-    for part in load_kept(folder / HIDDEN, depth, limit, set(keys)):
+    fits = size_of(folder / HIDDEN) <= limit
+    for part in load_kept(folder / HIDDEN, depth, limit, set(keys)) if fits else ():
         kept.update(part)
         yield Piece([], barrier=True)
     whole = all(key in kept for key in keys)

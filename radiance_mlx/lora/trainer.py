@@ -162,7 +162,7 @@ class Trainer:
             "seconds": self._seconds,
             "second_from": self.holdout.second_from,
             "finished_early": self.finished_early,
-            "extensions": self.holdout.extensions,
+            "extended": self.holdout.extended,
             "has_best": self.holdout.best is not None,
             "focuses": sorted(self._focuses.items()),
         }
@@ -195,7 +195,7 @@ class Trainer:
             raise TrainingFailed("The saved state lacks the weights of the best evaluation.")
         self.holdout.best = Best.from_arrays(best) if best else None
         self.holdout.second_from = progress["second_from"]
-        self.holdout.extensions = int(progress["extensions"])
+        self.holdout.extended = [float(loss) for loss in progress["extended"]]
         self.finished_early = str(progress["finished_early"])
         self._focuses.update((int(step), list(places)) for step, places in progress["focuses"])
         self.step = int(progress["step"])
@@ -219,10 +219,10 @@ class Trainer:
         It then takes as many steps again, at the same rates. A run with a second phase has no more.
         """
         settings, holdout = self.settings, self.holdout
-        done = holdout.has_second or self.finished_early or holdout.extensions >= settings.extensions
+        done = holdout.has_second or self.finished_early or len(holdout.extended) >= settings.extensions
         if done or loss <= settings.learnt_loss:
             return False
-        holdout.extensions += 1
+        holdout.extended.append(loss)
         return True
 
     def _first_phase(self, rehearsed: Iterator[list[Begun]]) -> Iterator[Piece]:
