@@ -357,8 +357,8 @@ def test_what_the_base_said_is_asked_anew_when_it_is_asked_otherwise(tmp_path, n
 def test_what_lower_layers_make_of_rows_is_kept_and_made_again_where_it_is_missing(tmp_path, nano):
     """So a home from before, or with other layers adapted, has it after one update; without room there is none."""
 
-    def hidden_of(**limit):
-        base = asked_base(nano, tmp_path, layers=2)
+    def hidden_of(layers=2, **limit):
+        base = asked_base(nano, tmp_path, layers=layers)
         base._room = limit.get("room", 2**30)
         made = prepared(base, [pair(*facts(0)[0])], NEAR, checkpoint="ckpt_000002", line=("ckpt_000001",))
         files = sorted(path.parent.name for path in tmp_path.glob("*/**/hidden.*.safetensors"))
@@ -372,6 +372,9 @@ def test_what_lower_layers_make_of_rows_is_kept_and_made_again_where_it_is_missi
     assert not any(there)
     assert files == []
     there, files = hidden_of()
+    assert all(there)
+    assert files == ["ckpt_000001", "ckpt_000002", "self"]
+    there, files = hidden_of(layers=1)  # in the place of the others, not beside them
     assert all(there)
     assert files == ["ckpt_000001", "ckpt_000002", "self"]
 
