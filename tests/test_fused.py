@@ -103,10 +103,10 @@ def test_another_one_that_becomes_stable_meanwhile_is_folded_instead():
 
 
 @pytest.mark.parametrize(("worth", "folded"), [(0.0, False), (1e9, True)])
-def test_auto_folds_where_that_was_measured_to_be_faster(monkeypatch, worth, folded):
+def test_auto_folds_a_quantised_base_where_that_was_measured_to_be_faster(monkeypatch, worth, folded):
     """Measured once; the bank serves as it did afterwards, and why is told."""
     monkeypatch.setattr("radiance_mlx.engine.fused.WORTH_IT", worth)
-    served = Served("auto")
+    served = Served("auto", bits=4)
     before = served.logits((2, "another"))
     served.fold()
     assert (served.fused.name == NAME) is folded
@@ -114,6 +114,14 @@ def test_auto_folds_where_that_was_measured_to_be_faster(monkeypatch, worth, fol
     assert mx.array_equal(served.logits((2, "another")), before).item()
     served.fused.follow("A_2026-02-09_0002", lambda: served.adapters[1])
     assert served.fused.pending is folded
+
+
+def test_auto_folds_plain_linears_without_measuring(monkeypatch):
+    """They have less to do then, whatever a busy machine would show."""
+    monkeypatch.setattr("radiance_mlx.engine.fused.WORTH_IT", 0.0)
+    served = Served("auto")
+    served.fold()
+    assert served.fused.name == NAME
 
 
 def test_off_folds_nothing():

@@ -107,6 +107,8 @@ class FusedStable:
             self._refuse(f"its weights take {readable(needed)}, and {readable(max(room, 0))} may be taken")
             return
         self.nbytes = needed
+        if all(type(modules[path]) is nn.Linear for path in adapter.weights):
+            self._worth = True  # the same products without the low-rank ones: there is nothing to be measured
         if self._mode == "auto" and self._worth is None:
             yield from self._measure(modules, adapter)
         if self._mode == "auto" and not self._worth:
