@@ -15,5 +15,6 @@ if sys.platform == "linux":
 
 
 def threads() -> int:
-    """How many threads OpenBLAS divides a product among; 0 without OpenBLAS."""
-    return int(_library.openblas_get_num_threads()) if _library is not None else 0
+    """How many threads OpenBLAS divides a product among; 0 without OpenBLAS, or with one that does not tell."""
+    count = getattr(_library, "openblas_get_num_threads", None)
+    return int(count()) if count is not None else 0
