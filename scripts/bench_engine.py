@@ -51,6 +51,7 @@ from radiance_mlx.config.schema import MemorySection, TrainingSection
 from radiance_mlx.engine import backend
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.padding import grain_here, pad_rows
 from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.lora.bank import AdapterWeights, Bank
@@ -124,8 +125,9 @@ class Decoding:
         for slot, adapter in enumerate(adapters, 1):
             bank.write(slot, adapter)
         self.bank_mb = bank.nbytes / 2**20
+        pad_rows(tree, grain_here())
         self._banked = BankModel(tree, bank.rows)
-        fused = FusedStable(model, bank, "always", lambda: 2**60)
+        fused = FusedStable(model, bank, "always", lambda: 2**60, grain_here())
         fused.follow(NAME, lambda: adapters[0])
         while fused.pending:
             fused.slice(1.0)
