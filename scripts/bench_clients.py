@@ -224,12 +224,14 @@ class Theirs(Server):
         command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
         command += ["--log-level", "WARNING", "--decode-concurrency", "8", "--prompt-concurrency", "8"]
         super().__init__([*command, *(["--adapter-path", str(adapter)] if adapter else [])], port, log)
+        self._model = str(model)
         self.wait("/v1/models")
 
     def request(self, prompt: str, max_tokens: int, adapter: str | None) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens}
         body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-        return "/v1/chat/completions", body | ({"adapters": adapter} if adapter else {})
+        # without the model's name it answers with what it was started with, whatever adapter is asked for
+        return "/v1/chat/completions", body | ({"model": self._model, "adapters": adapter} if adapter else {})
 
     def read(self, event: dict[str, Any]) -> tuple[bool, int]:
         text = any((c.get("delta") or {}).get("content") for c in event.get("choices", []))

@@ -168,15 +168,15 @@ def first(bench: Bench) -> Figures:
     found: Figures = {}
     prefix = bench.prompts(1000)
     for who, make in (("ours", bench.ours), ("mlx-lm", bench.theirs)):
-        server = make()
+        server, base = make(), "base" if who == "ours" else None
         try:
-            server.stream(bench.prompts(), 4)
+            server.stream(bench.prompts(), 4, base)
             found[who] = {}
             for length in (16, 256, 1024):
-                heard = [server.stream(bench.prompts(length), 2) for _ in range(3 * bench.rounds)]
-                found[who][f"{length} tokens"] = _first(heard)
-            server.stream(bench.prompts(16, prefix), 2)
-            heard = [server.stream(bench.prompts(16, prefix), 2) for _ in range(3 * bench.rounds)]
+                heard = [server.stream(bench.prompts(length), 2, base) for _ in range(3 * bench.rounds)]
+                found[who][f"{length} words"] = _first(heard)
+            server.stream(bench.prompts(16, prefix), 2, base)
+            heard = [server.stream(bench.prompts(16, prefix), 2, base) for _ in range(3 * bench.rounds)]
             found[who]["16 after a shared 1000"] = _first(heard)
         finally:
             server.stop()
