@@ -113,7 +113,9 @@ def test_auto_folds_a_quantised_base_where_that_was_measured_to_be_faster(monkey
     assert ("no faster" in served.fused.why_not) is not folded
     assert mx.array_equal(served.logits((2, "another")), before).item()
     served.fused.follow("A_2026-02-09_0002", lambda: served.adapters[1])
-    assert served.fused.pending is folded
+    served.fused.slice(10.0)
+    assert (served.fused.name == "A_2026-02-09_0002") is folded
+    assert ("no faster" in served.fused.why_not) is not folded
 
 
 def test_auto_folds_plain_linears_without_measuring(monkeypatch):

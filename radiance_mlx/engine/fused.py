@@ -48,7 +48,7 @@ class FusedStable:
         self._grain = grain
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
-        self._worth: bool | None = None  # as far as it has been measured
+        self._worth: bool | None = None  # of quantised weights, as far as it has been measured
         self.name: str | None = None
         self.tree: nn.Module | None = None
         self.why_not = "" if mode != "off" else "serving.fuse is off"
@@ -59,7 +59,7 @@ class FusedStable:
         if name is not None and name == self.name:
             return
         self._let_go("serving.fuse is off" if self._mode == "off" else "")
-        if name is not None and self._mode != "off" and self._worth is not False:
+        if name is not None and self._mode != "off":
             self._folding = Slices(self._pieces(name, load), lambda: None)
 
     def give_way(self) -> None:
@@ -107,11 +107,11 @@ class FusedStable:
             self._refuse(f"its weights take {readable(needed)}, and {readable(max(room, 0))} may be taken")
             return
         self.nbytes = needed
-        if all(type(modules[path]) is nn.Linear for path in adapter.weights):
-            self._worth = True  # the same products without the low-rank ones: there is nothing to be measured
-        if self._mode == "auto" and self._worth is None:
+        # of plain weights they are the same products without the low-rank ones: there is nothing to be measured
+        asked = self._mode == "auto" and any(type(modules[path]) is not nn.Linear for path in adapter.weights)
+        if asked and self._worth is None:
             yield from self._measure(modules, adapter)
-        if self._mode == "auto" and not self._worth:
+        if asked and not self._worth:
             self._refuse("for this base it was measured to be no faster than the bank")
             return
         folded, lost, whole = [], 0.0, 0.0

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +35,7 @@ def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
     module.update_modules(tree_unflatten(folded))
     beside = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
-        save(beside, base.folder, module, base.tokenizer, json.loads((base.folder / "config.json").read_text()))
+        save(beside, base.folder, module, base.tokenizer, _config(base, [path for path, _ in folded]))
         refuse_existing(out)
         beside.rename(out)
     except (OSError, RuntimeError) as error:  # MLX tells a full disk by the latter
@@ -42,6 +43,15 @@ def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return len(folded)
+
+
+def _config(base: BaseModel, folded: list[str]) -> dict[str, Any]:
+    """The base's `config.json`, in which no folded module is said to be quantised in a way of its own."""
+    config: dict[str, Any] = json.loads((base.folder / "config.json").read_text())
+    for name in ("quantization", "quantization_config"):
+        if isinstance(config.get(name), dict):
+            config[name] = {key: value for key, value in config[name].items() if key not in folded}
+    return config
 
 
 def refuse_existing(out: Path) -> None:
@@ -74,7 +84,10 @@ def folded_bytes(linear: nn.Module) -> int:
 
 
 def _dtype(linear: nn.Module) -> mx.Dtype:
-    return linear.scales.dtype if isinstance(linear, nn.QuantizedLinear) else linear.weight.dtype
+    if not isinstance(linear, nn.QuantizedLinear):
+        return linear.weight.dtype
+    scales: mx.Dtype = linear.scales.dtype
+    return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16  # mxfp4 and the like have exponents there
 
 
 def _whole(linear: nn.Module) -> mx.array:
