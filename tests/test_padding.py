@@ -15,8 +15,9 @@ from radiance_mlx.lora.targets import LINEAR
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_padding_changes_nothing_but_the_rows_of_a_product(tied):
+def test_padding_changes_nothing_but_the_rows_of_a_product(monkeypatch, tied):
     """Whatever the number of rows: logits are the same but for rounding, of the same shape; a linear stays one."""
+    monkeypatch.setattr(padding, "SMALL", 0)
     plain = tiny.model(tie_word_embeddings=tied)
     padded = copy.deepcopy(plain)
     pad_rows(padded, 16)
@@ -29,7 +30,7 @@ def test_padding_changes_nothing_but_the_rows_of_a_product(tied):
         assert mx.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_product_is_of_so_many_rows_and_few_are_left_alone():
+def test_the_product_is_of_so_many_rows_and_few_are_left_alone(monkeypatch):
     """Few in all, or few in the last block. With a bias, and rows in more than one dimension."""
     seen = []
 
@@ -39,6 +40,10 @@ def test_the_product_is_of_so_many_rows_and_few_are_left_alone():
             return super().__call__(x)
 
     linear = Noting(4, 6)
+    assert 16 * linear.weight.size < padding.SMALL
+    padding._padded(Noting.__call__, 16)(linear, mx.ones((5, 4)))
+    assert seen.pop() == (5, 4)  # it would be computed by one thread
+    monkeypatch.setattr(padding, "SMALL", 0)
     call = padding._padded(Noting.__call__, 16)
     for shape in [(2, 1, 4), (3, 1, 4), (4, 1, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (36, 4)]:
         x = mx.random.normal(shape)

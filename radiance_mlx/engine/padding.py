@@ -17,6 +17,8 @@ from .. import blas
 GRAINS = {2: 16}
 #: with fewer rows than that in the last block it is not filled up: they are computed by other code of the library
 LEAST = 4
+#: multiplications; a product with no more is not divided among threads (OpenBLAS: interface/gemm.c), and has no blocks
+SMALL = 4 * 65_536
 
 
 def grain_here() -> int:
@@ -39,7 +41,7 @@ def pad_rows(tree: nn.Module, grain: int) -> None:
 def _padded(product: Callable[..., mx.array], grain: int) -> Callable[..., mx.array]:
     def call(module: Any, x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if rows % grain < LEAST:
+        if rows % grain < LEAST or rows * module.weight.size <= SMALL:
             return product(module, x)
         y = product(module, mx.pad(x.reshape(rows, -1), ((0, -rows % grain), (0, 0))))
         return y[:rows].reshape(*x.shape[:-1], -1)
