@@ -119,9 +119,9 @@ class Tuning:
     async def page(
         self, metadata: Mapping[str, str], after: str | None, limit: int
     ) -> tuple[list[tuple[TuningRecord, JobRecord, CheckpointRecord | None]], bool]:
-        """Those with this metadata after `after`, newest first, each with what `made` says; whether there are more.
+        """Those with this metadata after `after`, newest first, and whether there are more.
 
-        Raises `NotFound` if `after` is none of them.
+        Each with its job, and the checkpoint that was published of it. Raises `NotFound` if `after` is none of them.
         """
         return await self._store(lambda s: s.tunings.page(metadata, after, limit))
 

@@ -131,6 +131,8 @@ class Decoding:
         fused.follow(NAME, lambda: adapters[0])
         while fused.pending:
             fused.slice(1.0)
+        if fused.tree is None:  # else the bank would be measured by its name
+            raise SystemExit(f"the adapter is not folded: {fused.why_not}")
         self.fused_mb = fused.nbytes / 2**20
         self._fused = BankModel(tree, bank.rows, fused)
         self._plain, self._adapted = model, adapter_tree(model, adapters[0]).module

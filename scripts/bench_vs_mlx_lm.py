@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The service against mlx-lm's own server and trainer: same machine, same random model, same clients, in one run.
 
-    .venv/bin/python scripts/bench_vs_mlx_lm.py                        # everything: about ten minutes on two cores
+    .venv/bin/python scripts/bench_vs_mlx_lm.py                        # everything: a quarter of an hour on two cores
     .venv/bin/python scripts/bench_vs_mlx_lm.py --rows decode both     # some of it
 
 Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. Rows:
@@ -9,7 +9,7 @@ Prints a table of both and their ratio (ours over theirs), and one JSON object a
 - `decode`: tokens/s, time to the first piece and gaps between pieces at 1, 4 and 8 clients, base and one adapter
 - `adapters`: eight clients over 1, 4 and 8 different adapters (mlx-lm's server loads the model anew for each; ours has
   `serving.adapter_slots: 10`)
-- `first`: time to the first piece after prompts of about 16, 256 and 1,024 tokens, and with a shared prefix
+- `first`: time to the first piece of the base, after prompts of 16, 256 and 1,024 words, and with a shared prefix
 - `train`: steps/s and tokens/s alone: prompts of 100 words with answers of 8, masked; and text, unmasked
 - `both`: four clients while a batch trains, against a server beside `mlx_lm.lora`; and what memory that took
 - `live`: from the examples to the first answer that has learnt from them, against `mlx_lm.lora` and a new server

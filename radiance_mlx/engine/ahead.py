@@ -8,11 +8,10 @@ import gc
 import logging
 
 from ..config import Config
-from ..errors import RadianceError
 from . import backend
 from .foundation import Foundation
 from .lasting import Lasting
-from .slices import Slices
+from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +41,7 @@ class AskingAhead:
             if not self._slices.run(seconds):
                 return
         except Exception as error:
-            message = error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
-            log.warning("the base could not be asked ahead of updates: %s", message)
+            log.warning("the base could not be asked ahead of updates: %s", reason(error))
         self.stop()
 
     def stop(self) -> None:

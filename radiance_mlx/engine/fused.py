@@ -17,13 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import RadianceError
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import fold, folded_bytes, rounding
 from .padding import pad_rows
-from .slices import Slices
+from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
 #: `auto` folds if the folded linears take at most so much of the bank's time
@@ -82,8 +81,7 @@ class FusedStable:
             if not self._folding.run(seconds):
                 return
         except Exception as error:
-            message = error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
-            self._refuse(f"folding failed: {message}")
+            self._refuse(f"folding failed: {reason(error)}")
         self._folding = None
         if self.tree is None:
             self.nbytes = 0

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from ..errors import RadianceError
 from ..lora.step import Piece
 
 #: of the time that is left, what a group of pieces is to take: some take longer than those before them
@@ -48,3 +49,8 @@ class Slices:
             if piece.barrier:
                 break
         return group, False
+
+
+def reason(error: Exception) -> str:
+    """What ended a run, for a log: an error of ours in its own words, any other with its kind."""
+    return error.message if isinstance(error, RadianceError) else f"{type(error).__name__}: {error}"
