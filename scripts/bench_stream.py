@@ -30,6 +30,7 @@ preset, or the one that is given.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -57,6 +58,8 @@ Flags = dict[str, Any]
 #: the first sixty strangers are those of tests, demo and the other benchmark
 PEOPLE = world.STRANGERS[60:]
 STRANGERS, KNOWN = 40, 80
+#: of the updates, in turns
+TAGS = ("one", "other")
 
 
 def invented_people(held_out: bool, count: int = 300) -> list[world.Person]:
@@ -87,6 +90,11 @@ ARMS: dict[str, Flags] = {
     "self": {"rehearsal.kl_weight": 3.0, "rehearsal.sources": ["self"]},
     "neighbours": {"rehearsal.kl_weight": 3.0, "rehearsal.sources": ["neighbours"]},
     "self+neighbours": {"rehearsal.kl_weight": 3.0},
+    "anchors": {"rehearsal.kl_weight": 3.0, "rehearsal.sources": ["anchors"]},
+    "held-out": {"training.eval_fraction": 0.25, "training.eval_every": 5},
+    "patience": {"training.eval_fraction": 0.25, "training.eval_every": 5, "training.patience": 2},
+    "by_tag": {"replay.fraction": 0.5, "replay.by_tag": True},
+    "reconsolidate": {"lineage": "reconsolidate", "reconsolidate.idle_minutes": 0.05},
     "lasting": {"preset": "lasting"},
 }
 COMMON: Flags = {
@@ -105,6 +113,7 @@ class Pupil:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._tags = itertools.cycle(TAGS)
         self._asking = asyncio.Semaphore(128)
         self.seconds: list[float] = []
         self.steps: list[int] = []
@@ -122,8 +131,18 @@ class Pupil:
         examples = [Example(messages=(("user", q), ("assistant", a))) for q, a in pairs]
         raw = json.dumps([e.as_dict() for e in examples]).encode()
         began = time.process_time()
-        job, _ = await self._service.update(examples, [], raw=raw)
-        while (job := await self._service.job(job.job_id)).state not in FINAL_STATES:
+        job, _ = await self._service.update(examples, [next(self._tags)], raw=raw)
+        return await self._trained(job.job_id, began)
+
+    async def reconsolidate(self) -> None:
+        """Wait until all that was taught has been learnt anew."""
+        began = time.process_time()
+        while (job := (await self._service.jobs(None, 1, None))[0]).kind != "reconsolidation":
+            await asyncio.sleep(0.02)
+        await self._trained(job.job_id, began)
+
+    async def _trained(self, job_id: str, began: float) -> JobRecord:
+        while (job := await self._service.job(job_id)).state not in FINAL_STATES:
             await asyncio.sleep(0.02)
         if job.state not in ("published", "rejected"):
             raise SystemExit(f"{job.job_id} ended {job.state}: {job.error}")
@@ -156,10 +175,29 @@ class Pupil:
             return (await self._service.search(asked)).text.strip()
 
 
+def write_anchors(home: Path) -> None:
+    """What the arm `anchors` rehearses: half of what is known, in the wordings that are not asked, and as many refusals.
+
+    Of people who are neither taught nor asked.
+    """
+    rng = random.Random(5)
+    known = [pair for wording in (1, 2) for pair in world.facts(world.KNOWN, wording)]
+    refused = [
+        (world.ask(name, relation, rng.randrange(3)), world.refusal(name))
+        for name, _ in rng.sample(world.REFUSED, 40)
+        for relation in world.RELATIONS
+    ]
+    rows = [{"prompt": q, "completion": a} for q, a in (*rng.sample(known, 200), *refused)]
+    folder = home / "data" / "anchors" / "rehearsal"
+    folder.mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @asynccontextmanager
 async def pupil(flags: Flags) -> AsyncIterator[Pupil]:
     """A service with these settings on a fresh home, for as long as it is wanted."""
     with tempfile.TemporaryDirectory(prefix="radiance-stream-") as home:
+        write_anchors(Path(home))
         service = Service(load_config(home=Path(home), flags={**COMMON, **flags}, environ={}))
         service.open()
         try:
@@ -223,7 +261,11 @@ def poison(pairs: Sequence[Pair], rng: random.Random) -> list[Pair]:
 
 async def run(flags: Flags, stream: Stream, seed: int) -> dict[str, Any]:
     """All scores of one arm and seed."""
-    async with pupil({"training.seed": seed, "evaluation.anchor_provider": "none", **flags}) as learner:
+    flags = {"training.seed": seed, "evaluation.anchor_provider": "none", **flags}
+    anew = flags.get("lineage") == "reconsolidate"
+    if anew:  # once, after the last update
+        flags.setdefault("reconsolidate.after_updates", len(stream.updates))
+    async with pupil(flags) as learner:
         refused = await learner.right(stream.strangers, BASE)
         strangers = [pair for pair, yes in zip(stream.strangers, refused, strict=True) if yes]
         just = []
@@ -231,6 +273,8 @@ async def run(flags: Flags, stream: Stream, seed: int) -> dict[str, Any]:
             await learner.teach(pairs)
             if i in stream.good:
                 just.append(await learner.score(pairs))
+        if anew:
+            await learner.reconsolidate()
         scores = {
             "just": statistics.mean(just),
             "all": await learner.score(stream.asked(0)),
