@@ -19,7 +19,7 @@ from .checkpoints.retention import removable
 from .engine.thread import EngineThread
 from .errors import Cancelled, CheckpointDamaged, Conflict, InternalError, NotFound, RadianceError, Rejected, StoreError
 from .evaluation.metrics import NAMES, UPDATE_NAMES
-from .messages import BASE, TrainResult
+from .messages import BASE, EventKind, TrainResult
 from .storage import StoreThread
 from .store import CheckpointRecord, write_durably
 
@@ -240,7 +240,7 @@ class Lineage:
     async def _reject(self, record: CheckpointRecord, data: dict[str, Any]) -> None:
         verdict = record.verdict
         error = Rejected(f"The checkpoint was rejected: {verdict['reason']}.", details=verdict).as_dict()
-        events = [("rejected", {**data, "verdict": verdict})]
+        events: list[tuple[EventKind, dict[str, Any]]] = [("rejected", {**data, "verdict": verdict})]
         await self._store(lambda s: s.publish(record, job_state="rejected", events=events, error=error))
         self._changed()
         log.warning("rejected", checkpoint=record.checkpoint, reason=verdict["reason"])

@@ -28,6 +28,20 @@ JobState = Literal[
 FINAL_STATES: frozenset[str] = frozenset({"published", "rejected", "failed", "cancelled", "quarantined"})
 JobKind = Literal["update", "reconsolidation"]
 CheckpointStatus = Literal["candidate", "stable", "risky", "rolled_back"]
+#: of the journal. Those that move what answers are `published`, `rollback`, `damaged` and `base_changed`
+EventKind = Literal[
+    "published",
+    "rejected",
+    "rollback",
+    "damaged",
+    "base_changed",
+    "failed",
+    "restarted",
+    "put_aside",
+    "paused",
+    "resumed",
+    "progress",
+]
 #: what the policy made of a trained batch; "unknown": nothing was measured, "logged": over the threshold, mode off
 Outcome = Literal["pass", "unknown", "logged", "risky", "rejected"]
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import structlog
 
@@ -24,7 +24,7 @@ from .errors import CheckpointDamaged, Conflict, InvalidRequest, NotReady, Store
 from .evaluation.metrics import NAMES, UPDATE_NAMES
 from .evaluator import Evaluator, all_subjects, asked_for, subject_of
 from .lineage import Lineage, damaged
-from .messages import BASE, STABLE, Answer, EngineFacts, Example, Generate, TextDelta, iso
+from .messages import BASE, STABLE, Answer, EngineFacts, EventKind, Example, Generate, TextDelta, iso
 from .scheduler import Scheduler
 from .storage import StoreThread
 from .store import CheckpointRecord, HomeLock, JobRecord
@@ -299,6 +299,11 @@ class Service:
         if previous != now:
             scheduler.restart_batch()
         return previous
+
+    async def events(self, kind: EventKind | None, limit: int, before: int | None) -> list[dict[str, Any]]:
+        """What happened, newest first; without `kind`, everything but the progress of training."""
+        kinds = [kind] if kind else [known for known in get_args(EventKind) if known != "progress"]
+        return await self._require()[0](lambda s: s.newest_events(kinds, before, limit))
 
     # --- evaluation ------------------------------------------------------------------------------
 

@@ -176,9 +176,9 @@ class Pupil:
 
 
 def write_anchors(home: Path) -> None:
-    """What the arm `anchors` rehearses: half of what is known, in the wordings that are not asked, and as many refusals.
+    """What the arm `anchors` rehearses: half of the known facts, in wordings that are not asked, and as many refusals.
 
-    Of people who are neither taught nor asked.
+    Those refused are neither taught nor asked.
     """
     rng = random.Random(5)
     known = [pair for wording in (1, 2) for pair in world.facts(world.KNOWN, wording)]

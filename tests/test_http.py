@@ -636,6 +636,8 @@ def test_real_answers_are_as_described(started):
         ("get", "/jobs/{job_id}", "/jobs/x", 404): None,
         ("delete", "/jobs/{job_id}", "/jobs/job_000001", 409): None,
         ("get", "/checkpoints", "/checkpoints", 200): None,
+        ("get", "/events", "/events", 200): None,
+        ("get", "/events", "/events?kind=x", 422): None,
         ("get", "/checkpoints/{checkpoint}", f"/checkpoints/{name}", 200): None,
         ("post", "/rollback", "/rollback", 200): {"to": name},
         ("post", "/eval", "/eval", 200): {"checkpoints": [name], "anchor_provider": "local"},

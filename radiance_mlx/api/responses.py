@@ -1,5 +1,6 @@
 """JSON answers, and records as the bodies of `schemas`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -57,6 +58,14 @@ def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
         "error": job.error and {"details": None, "hint": "", **job.error},
         "notes": [*job.notes, *(["to be cancelled: its training is being stopped"] if stopping else [])],
     }
+
+
+def event_body(event: Mapping[str, Any]) -> dict[str, Any]:
+    """`schemas.Event`."""
+    data = event["data"]
+    told = data.get("reason") or data.get("why") or data.get("verdict", {}).get("reason")
+    reason = told or data.get("error", {}).get("message") or ""
+    return {"id": event["id"], "at": iso(event["at"]), "kind": event["kind"], "reason": reason, "data": data}
 
 
 def checkpoint_body(record: CheckpointRecord, current: str) -> dict[str, Any]:

@@ -4,17 +4,17 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..errors import InvalidRequest
-from ..messages import FINAL_STATES, JobState
+from ..messages import FINAL_STATES, EventKind, JobState
 from . import schemas
 from .bodies import parse, parse_update, read_body
-from .responses import answer_body, checkpoint_body, job_body
-from .routing import RouteFacts, number, service_of, serving, unless_client_leaves
+from .responses import answer_body, checkpoint_body, event_body, job_body
+from .routing import RouteFacts, number, one_of, service_of, serving, unless_client_leaves
 from .sse import streamed, streamed_work
 
 
@@ -54,9 +54,7 @@ async def info(request: Request) -> Response:
 async def jobs(request: Request) -> Response:
     """Jobs, newest first."""
     service = service_of(request)
-    state = request.query_params.get("state")
-    if state is not None and state not in JobState.__args__:  # type: ignore[attr-defined]
-        raise InvalidRequest(f"There is no state {state}.", f"States: {', '.join(JobState.__args__)}.")  # type: ignore[attr-defined]
+    state = one_of(request, "state", get_args(JobState))
     limit = number(request, "limit", 100, 1, 1000)
     before = number(request, "before", 0, 0, 2**62) or None
     found = await service.jobs(state, limit, before)
@@ -102,6 +100,17 @@ async def rollback(request: Request) -> Response:
     previous = await service.rollback(body.to, body.reason)
     current, status = service.current
     return JSONResponse({"checkpoint": current, "checkpoint_status": status, "previous": previous})
+
+
+async def events(request: Request) -> Response:
+    """What happened, newest first: what was published, refused, rolled back and why, so what answered when."""
+    service = service_of(request)
+    kind = one_of(request, "kind", get_args(EventKind))
+    limit = number(request, "limit", 100, 1, 1000)
+    before = number(request, "before", 0, 0, 2**62) or None
+    found = await service.events(cast(EventKind | None, kind), limit, before)
+    following = found[-1]["id"] if len(found) == limit else None
+    return JSONResponse({"events": [event_body(event) for event in found], "next": following, **serving(service)})
 
 
 async def evaluate(request: Request) -> Response:
@@ -185,6 +194,14 @@ TABLE = (
         body=schemas.RollbackRequest,
         body_optional=True,
         errors=(400, 404, 408, 409, 413, 415, 422, 503, 507),
+    ),
+    RouteFacts(
+        "GET",
+        "/events",
+        events,
+        schemas.Events,
+        errors=(422, 503),
+        query={"kind": "string", "limit": "integer", "before": "integer"},
     ),
     RouteFacts(
         "POST",

@@ -1,7 +1,7 @@
 """What every route needs: the service behind it, parameters, clients that leave, and how it is described."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -57,6 +57,14 @@ def number(request: Request, name: str, default: int, low: int, high: int) -> in
     if not (text.isascii() and text.isdigit() and len(text) < 20 and low <= int(text) <= high):
         raise InvalidRequest(f"'{name}' must be a whole number from {low} to {high}.")
     return int(text)
+
+
+def one_of(request: Request, name: str, known: Sequence[str]) -> str | None:
+    """A word of the query, if it is there. Raises `InvalidRequest` for one that is not `known`."""
+    word = request.query_params.get(name)
+    if word is not None and word not in known:
+        raise InvalidRequest(f"There is no {name} {word}.", f"There are {', '.join(known)}.")
+    return word
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..messages import STABLE, Generate, Sampling
+from ..messages import STABLE, EventKind, Generate, Sampling
 from ..rows import ExampleBody, turns
 from ..rows.limits import MOST_EXAMPLES
 
@@ -247,6 +247,23 @@ class Checkpoints(Serving):
 
     checkpoints: list[Checkpoint]
     current: str
+
+
+class Event(BaseModel):
+    """One entry of the journal; `reason` is "" where none was given, `data` depends on `kind`."""
+
+    id: int
+    at: str
+    kind: EventKind
+    reason: str
+    data: dict[str, Any]
+
+
+class Events(Serving):
+    """Newest first; `next` is the `before` of the following page."""
+
+    events: list[Event]
+    next: int | None
 
 
 class LossCurves(BaseModel):

@@ -1,4 +1,4 @@
-"""`info`, `jobs`, `checkpoints`, `rollback`: look at the running service, and steer it."""
+"""`info`, `jobs`, `checkpoints`, `rollback`, `events`: look at the running service, and steer it."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog=examples("% checkpoints", "% checkpoints A_2026-02-09_0012 --json"))(checkpoints)
     app.command(epilog=examples("% rollback", "% rollback A_2026-02-09_0011 --reason 'too chatty'", "% rollback base"))(
         rollback
+    )
+    app.command(epilog=examples("% events", "% events --kind rollback", "% events --json | jq '.events[].reason'"))(
+        events
     )
 
 
@@ -181,3 +184,30 @@ def rollback(
     from . import render
 
     output.out().print(f"serving {render.checkpoint_line(done)}, before: {done.get('previous')}", soft_wrap=True)
+
+
+def events(
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="Only these: published, rejected, rollback, failed, progress and others.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="List at most so many.")] = 20,
+    as_json: AsJson = False,
+    url: Url = None,
+    home: Home = None,
+    config: ConfigFile = None,
+    token: Token = None,
+) -> None:
+    """List what happened, newest first: what was published, refused or rolled back, when and why."""
+    with client_for(url, home, config, token) as client:
+        page = client.events(kind, limit).raw
+    if as_json:
+        output.print_json(page)
+        return
+    from . import render
+
+    output.out().print(render.events_table(page["events"]))
+    more = f" · older events: events --limit {limit * 2}" if page.get("next") and limit < 500 else ""
+    output.remark(f"serving {render.checkpoint_line(page)}{more}")

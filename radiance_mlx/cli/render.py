@@ -27,6 +27,8 @@ COLORS = {
     "quarantined": "bold red",
     "rejected": "red",
     "rolled_back": "red",
+    "rollback": "red",
+    "damaged": "bold red",
     "cancelled": "dim",
     "paused": "magenta",
     "review": "magenta",
@@ -214,6 +216,31 @@ def checkpoints_table(checkpoints: list[dict[str, Any]], current: str | None) ->
             Text(printable(_checkpoint_remarks(ckpt)), style="dim"),
         )
     return table
+
+
+def events_table(events: list[dict[str, Any]]) -> RenderableType:
+    """One row for each event, in the order given: when, what, to what, why."""
+    if not events:
+        return Text("Nothing has happened yet.")
+    table = _table("when", "event", "what", "notes")
+    for event in events:
+        data = event.get("data") or {}
+        table.add_row(
+            ago(event.get("at")),
+            status(event.get("kind")),
+            Text(printable(_subject(data))),
+            Text(printable(event.get("reason") or ""), style="dim"),
+        )
+    return table
+
+
+def _subject(data: dict[str, Any]) -> str:
+    """A move as `from → to`, a checkpoint, or the jobs."""
+    if "from" in data:
+        names = (str(data.get(end) or "base") for end in ("from", "to"))
+        return " → ".join(name[:12] if len(name) == 64 else name for name in names)  # a base's name is its hash
+    jobs = " ".join(data.get("jobs") or [])
+    return " · ".join(part for part in (data.get("checkpoint"), jobs) if part)
 
 
 def _checkpoint_remarks(ckpt: dict[str, Any]) -> str:

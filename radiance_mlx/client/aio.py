@@ -123,6 +123,16 @@ class AsyncClient:
         """Serve `to` from now on: a checkpoint, "base", or None for the parent of the current one."""
         return await self._run(self._operations.rollback(to, reason))
 
+    async def events(
+        self, kind: str | None = None, limit: int | None = None, before: int | None = None
+    ) -> results.Events:
+        """A page of what happened, newest first: published, rejected, rollback, failed and the like, each with why.
+
+        `kind` asks for one of them; "progress" comes only when it is asked for. `next` of it is the `before` of the
+        next page.
+        """
+        return await self._run(self._operations.events(kind, limit, before))
+
     async def evaluate(
         self,
         checkpoints: Sequence[str] | None = None,

@@ -189,6 +189,10 @@ class Operations:
         call = Call("POST", "/rollback", json_body({"to": to, "reason": reason}), repeatable=to is not None)
         return results.RollbackResult.of(object_of((yield from self.answered(call))))
 
+    def events(self, kind: str | None, limit: int | None, before: int | None) -> Steps[results.Events]:
+        wanted = None if kind is None else utf8(kind, "kind")
+        return results.Events.of((yield from self._got("/events", kind=wanted, limit=limit, before=before)))
+
     def evaluate(
         self, checkpoints: Sequence[str] | None, against: str | None, anchors: Mapping[str, Any]
     ) -> Steps[httpx.Response]:

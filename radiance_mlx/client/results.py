@@ -229,6 +229,44 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
+class Event:
+    """Something that happened to the lineage or to a job: `kind`, why (`reason`, perhaps ""), and its `data`."""
+
+    id: int
+    at: str
+    kind: str
+    reason: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    raw: Json = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, body: Json) -> "Event":
+        _needed(body, "id", "at", "kind")
+        plain = ("id", "at", "kind", "reason", "data")
+        return cls(**{name: body[name] for name in plain if name in body}, raw=body)
+
+
+@dataclass(frozen=True)
+class Events:
+    """One page, newest first; `next` is the `before` of the following one."""
+
+    events: tuple[Event, ...]
+    next: int | None = None
+    raw: Json = field(default_factory=dict, repr=False, compare=False)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @classmethod
+    def of(cls, body: Json) -> "Events":
+        _needed(body, "events")
+        return cls(tuple(Event.of(event) for event in body["events"]), body.get("next"), body)
+
+
+@dataclass(frozen=True)
 class LossCurves:
     """One number per published checkpoint, oldest first; `forgetting_loss` None: anchors are disabled."""
 

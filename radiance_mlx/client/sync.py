@@ -122,6 +122,14 @@ class Client:
         """Serve `to` from now on: a checkpoint, "base", or None for the parent of the current one."""
         return self._run(self._operations.rollback(to, reason))
 
+    def events(self, kind: str | None = None, limit: int | None = None, before: int | None = None) -> results.Events:
+        """A page of what happened, newest first: published, rejected, rollback, failed and the like, each with why.
+
+        `kind` asks for one of them; "progress" comes only when it is asked for. `next` of it is the `before` of the
+        next page.
+        """
+        return self._run(self._operations.events(kind, limit, before))
+
     def evaluate(
         self,
         checkpoints: Sequence[str] | None = None,

@@ -2,13 +2,14 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..messages import EventKind
 from .database import to_json
 
 
-def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: float) -> int:
+def append(db: sqlite3.Connection, kind: EventKind, data: Mapping[str, Any], now: float) -> int:
     cursor = db.execute("INSERT INTO events (at, kind, data) VALUES (?, ?, ?)", (now, kind, to_json(dict(data))))
     number = cursor.lastrowid
     assert number is not None
@@ -19,6 +20,15 @@ def append(db: sqlite3.Connection, kind: str, data: Mapping[str, Any], now: floa
 
 def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:
     rows = db.execute("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", (number, limit))
+    return [_event(row) for row in rows]
+
+
+def newest(db: sqlite3.Connection, kinds: Sequence[str], before: int | None, limit: int) -> list[dict[str, Any]]:
+    marks = ", ".join("?" * len(kinds))
+    rows = db.execute(
+        f"SELECT * FROM events WHERE kind IN ({marks}) AND id < ? ORDER BY id DESC LIMIT ?",
+        (*kinds, 2**63 - 1 if before is None else before, limit),
+    )
     return [_event(row) for row in rows]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import Conflict, StoreError
-from ..messages import Example, Terms
+from ..messages import EventKind, Example, Terms
 from . import acceptance, checkpoints, jobs, journal
 from .checkpoints import CheckpointRecord
 from .database import Database
@@ -265,7 +265,7 @@ class Store:
         record: CheckpointRecord,
         *,
         job_state: Literal["published", "rejected"] = "published",
-        events: Sequence[tuple[str, Mapping[str, Any]]],
+        events: Sequence[tuple[EventKind, Mapping[str, Any]]],
         error: Mapping[str, Any] | None = None,
     ) -> None:
         """Record a finished checkpoint, end its jobs (with `error`), append `events` (kind, data): all or nothing.
@@ -310,7 +310,7 @@ class Store:
             return checkpoints.lineage(db, base_hash, checkpoint)
 
     def move_stable(
-        self, base_hash: str, to: str | None, reason: str, *, kind: str = "rollback"
+        self, base_hash: str, to: str | None, reason: str, *, kind: EventKind = "rollback"
     ) -> tuple[str | None, str | None]:
         """Point the stable pointer at `to` (None: the base); (old, new).
 
@@ -338,7 +338,7 @@ class Store:
 
     # events and remembered values
 
-    def event(self, kind: str, data: Mapping[str, Any]) -> int:
+    def event(self, kind: EventKind, data: Mapping[str, Any]) -> int:
         """Append to the journal; the event's id, which rises."""
         with self._database.write() as db:
             return journal.append(db, kind, data, self._clock())
@@ -347,6 +347,11 @@ class Store:
         """Events (id, at, kind, data) with a greater id than `after`, oldest first."""
         with self._database.read() as db:
             return journal.after(db, after, limit)
+
+    def newest_events(self, kinds: Sequence[str], before: int | None, limit: int) -> list[dict[str, Any]]:
+        """At most `limit` events of these kinds with a smaller id than `before`, newest first."""
+        with self._database.read() as db:
+            return journal.newest(db, kinds, before, limit)
 
     def events_of(self, job_id: str, after: int = 0) -> list[dict[str, Any]]:
         """All events with a greater id than `after` that name this job among theirs, oldest first."""
