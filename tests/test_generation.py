@@ -104,6 +104,17 @@ def test_stop_tokens_and_lengths_end_a_sequence_as_in_mlx_lm(model, expected):
     assert play(JoiningGenerator, model, [(0, 3)], max_tokens=1)[3] == expected[3][:1]
 
 
+@pytest.mark.parametrize("chunk", [1, 6, 16])
+def test_no_pass_computes_more_than_a_part(model, expected, chunk):
+    """However many prompts come at once, padding included; so nobody waits longer for many than for one."""
+    counted = Counted(model)
+    options = {"prefill_batch_size": len(PROMPTS), "prefill_step_size": chunk}
+    said = play(JoiningGenerator, counted, [(0, i) for i in range(len(PROMPTS))], **options)
+    assert [said[i] for i in range(len(PROMPTS))] == expected
+    parts = [rows * length for rows, length in counted.calls if length > 1]
+    assert max(parts, default=1) <= max(chunk, len(PROMPTS))
+
+
 def test_newcomers_cost_no_pass_of_their_own(model):
     """Two sequences that come while one decodes: one pass for their prompts, and its steps have three rows then."""
     counted = Counted(model)

@@ -133,7 +133,9 @@ class JoiningGenerator(BatchGenerator):
             self._prompt_batch.extend(self._make_batch(new))
         self._join()
         if self._currently_processing:
-            self._prompt_batch.prompt([self._take(sequence) for sequence in self._currently_processing])
+            # shorter parts are padded to the longest, so that this is the most that one pass computes
+            width = max(1, self.prefill_step_size // len(self._currently_processing))
+            self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
             self._join()
         return [], self._generation_batch.next()
 
@@ -144,14 +146,6 @@ class JoiningGenerator(BatchGenerator):
                 cache.step = GROWTH
         return batch
 
-    def _take(self, sequence: list[Any]) -> list[int]:
-        """The next part of a prompt, at most `prefill_step_size` tokens; its last token is never among them."""
-        segments = sequence[0]
-        part, segments[0] = segments[0][: self.prefill_step_size], segments[0][self.prefill_step_size :]
-        if not segments[0]:
-            segments.pop(0)
-        return part
-
     def _join(self) -> None:
         """Move the sequences that lack only their prompt's last token to the decoding batch."""
         done = [i for i, (segments, *_) in enumerate(self._currently_processing) if _only_last(segments)]
@@ -160,6 +154,15 @@ class JoiningGenerator(BatchGenerator):
         last = [self._currently_processing[i][0][0] for i in done]
         self._currently_processing = [s for i, s in enumerate(self._currently_processing) if i not in done]
         self._generation_batch.extend(self._prompt_batch.hand_over(done, last))
+
+
+def _take(sequence: list[Any], width: int) -> list[int]:
+    """The next part of a prompt, at most `width` tokens; its last token is never among them."""
+    segments = sequence[0]
+    part, segments[0] = segments[0][:width], segments[0][width:]
+    if not segments[0]:
+        segments.pop(0)
+    return part
 
 
 def _only_last(segments: list[list[int]]) -> bool:

@@ -18,6 +18,7 @@ from ..config import Config
 from ..config.bases import resolve
 from ..errors import ConfigError, ModelError, RadianceError
 from ..lora.encoding import ChatEncoder
+from .layout import transpose_here, transpose_weights
 
 _SAMPLE = 1 << 20
 
@@ -57,6 +58,8 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
         raise _explain(config.base_model, where, config.model.revision, error) from error
     if cpu:
         module.set_dtype(mx.float32)
+        if config.serving.transpose == "auto" and transpose_here():
+            transpose_weights(module)
     module.freeze()
     module.eval()
     mx.eval(module.parameters())

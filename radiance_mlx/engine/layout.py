@@ -1,0 +1,28 @@
+"""How a base's weights lie in memory on the CPU.
+
+x Wᵀ of few rows x is bound by how OpenBLAS copies W into its own order, and it copies a third faster where W lies
+transposed (docs/benchmarks.md). Only the order in memory changes: shapes, values and whoever reads them do not.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import blas
+
+
+def transpose_here() -> bool:
+    """Whether the default device multiplies faster by transposed weights."""
+    return blas.threads() > 0 and mx.default_device() == mx.cpu
+
+
+def transpose_weights(model: nn.Module) -> None:
+    """Let the weights of all plain linears of `model`, and its embedding where that is the head, lie transposed.
+
+    One at a time, so that no more than one of them is there twice.
+    """
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    embeddings = [m for m in model.modules() if type(m) is nn.Embedding]
+    shapes = {m.weight.shape for m in linears}
+    for module in (*linears, *(m for m in embeddings if m.weight.shape not in shapes)):
+        module.weight = mx.contiguous(module.weight.T).T
+        mx.eval(module.weight)
