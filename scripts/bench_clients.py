@@ -3,14 +3,16 @@
 import http.client
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,12 +61,20 @@ class Load:
     heard: list[Heard]
     seconds: float
 
-    def figures(self) -> dict[str, float]:
-        """Tokens a second over all clients; milliseconds to the first piece and between pieces."""
-        gaps = [gap for one in self.heard for gap in one.gaps]
+    @property
+    def rate(self) -> float:
+        """Tokens a second over all clients."""
+        return sum(one.tokens for one in self.heard) / self.seconds
+
+    @staticmethod
+    def figures(*loads: "Load") -> dict[str, float]:
+        """Of several: the median of their tokens a second, the lowest, the highest; milliseconds of all pieces."""
+        gaps = [gap for load in loads for one in load.heard for gap in one.gaps]
+        rates = [load.rate for load in loads]
         return {
-            "tokens_per_s": round(sum(one.tokens for one in self.heard) / self.seconds, 1),
-            "first_ms": round(1e3 * statistics.median(one.first_s for one in self.heard), 1),
+            "tokens_per_s": round(statistics.median(rates), 1),
+            **({"lowest": round(min(rates), 1), "highest": round(max(rates), 1)} if len(rates) > 1 else {}),
+            "first_ms": round(1e3 * statistics.median(one.first_s for load in loads for one in load.heard), 1),
             "gap_p50_ms": round(1e3 * percentile(gaps, 0.5), 1),
             "gap_p99_ms": round(1e3 * percentile(gaps, 0.99), 1),
             "gap_max_ms": round(1e3 * max(gaps, default=0), 1),
@@ -170,6 +180,18 @@ class Server:
 
     def peak_mb(self) -> float:
         return peak_mb(self.process.pid)
+
+    @contextmanager
+    def alone(self, others: Iterable["Server"]) -> Iterator[None]:
+        """Hold the other servers meanwhile, so that they take nothing of the machine."""
+        held = [other for other in others if other is not self]
+        for other in held:
+            other.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for other in held:
+                other.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -12,13 +12,18 @@ line: paste that line where you report it. Tokens/s of decoding at 1, 4 and 8 ro
 - `base`, `bank`, `bank of many`: our generator on the banked tree: all rows the base, one adapter, each row its own
 - `fused`: one adapter, in weights of its own
 
-and optimizer steps/s of training, rows of 100 words with answers of 8 (`masked`) and running text (`text`):
+each the median of `--rounds`, in turns; and optimizer steps/s of training, rows of 100 words with answers of 8
+(`masked`) and running text (`text`):
 
-- `mlx-lm`: its own training loop, compiled where it compiles
+- `mlx-lm`: its own training loop
 - `sliced`: ours, cut into slices of 50 ms as beside requests (with the longest one); `unsliced`: each step in one go
+
+mlx-lm's parts run with MLX's own defaults (functions compiled, its pool of free buffers without a bound) and with
+weights as they are read; ours as the service sets them on this device.
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import gc
@@ -47,10 +52,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import qwen3
 
+from radiance_mlx import blas
 from radiance_mlx.config.schema import MemorySection, TrainingSection
 from radiance_mlx.engine import backend
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.layout import transpose_here, transpose_weights
 from radiance_mlx.engine.padding import grain_here, pad_rows
 from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
 from radiance_mlx.engine.slices import Slices
@@ -93,6 +100,28 @@ def random_adapter(model: nn.Module, targets: Targets, seed: int) -> AdapterWeig
     return AdapterWeights(pairs, SCALE)
 
 
+@contextlib.contextmanager
+def as_mlx_lm(cache_limit: int) -> Iterator[None]:
+    """MLX as it is when nobody has set anything."""
+    ours = mx.set_cache_limit(cache_limit)
+    mx.enable_compile()
+    try:
+        yield
+    finally:
+        if mx.default_device() == mx.cpu:
+            mx.disable_compile()
+        mx.set_cache_limit(ours)
+        mx.clear_cache()
+
+
+def as_the_service(model: nn.Module) -> nn.Module:
+    """The base as the service keeps it on this device; the arrays are shared where nothing is done to them."""
+    base = copy.deepcopy(model)
+    if transpose_here():
+        transpose_weights(base)
+    return base
+
+
 # --- decoding -----------------------------------------------------------------------------------------
 
 
@@ -117,17 +146,18 @@ def decode_rate(generator: BatchGenerator, count: int, tokens: int, vocab: int, 
 class Decoding:
     """Everything that decodes, on one base."""
 
-    def __init__(self, model: nn.Module, targets: Targets, vocab: int) -> None:
-        self._vocab = vocab
+    def __init__(self, model: nn.Module, targets: Targets, vocab: int, cache_limit: int) -> None:
+        self._vocab, self._cache_limit = vocab, cache_limit
         adapters = [random_adapter(model, targets, seed) for seed in range(max(ROWS))]
-        tree = copy.deepcopy(model)
+        base = as_the_service(model)
+        tree = copy.deepcopy(base)
         bank = Bank(tree, targets.paths, slots=max(ROWS) + 1, rank=RANK)
         for slot, adapter in enumerate(adapters, 1):
             bank.write(slot, adapter)
         self.bank_mb = bank.nbytes / 2**20
         pad_rows(tree, grain_here())
         self._banked = BankModel(tree, bank.rows)
-        fused = FusedStable(model, bank, "always", lambda: 2**60, grain_here())
+        fused = FusedStable(base, bank, "always", lambda: 2**60, grain_here())
         fused.follow(NAME, lambda: adapters[0])
         while fused.pending:
             fused.slice(1.0)
@@ -150,8 +180,9 @@ class Decoding:
         }
 
     def _theirs(self, model: nn.Module, count: int, tokens: int) -> float:
-        generator = BatchGenerator(model, stream=mx.default_stream(mx.default_device()))
-        return decode_rate(generator, count, tokens, self._vocab)
+        with as_mlx_lm(self._cache_limit):
+            generator = BatchGenerator(model, stream=mx.default_stream(mx.default_device()))
+            return decode_rate(generator, count, tokens, self._vocab)
 
     def _ours(self, model: BankModel, slots: Sequence[int], tokens: int) -> float:
         stream = mx.default_stream(mx.default_device())
@@ -160,8 +191,7 @@ class Decoding:
         return decode_rate(generator, len(caches), tokens, self._vocab, caches)
 
 
-def decode(model: nn.Module, targets: Targets, vocab: int, tokens: int, rounds: int) -> Figures:
-    decoding = Decoding(model, targets, vocab)
+def decode(decoding: Decoding, tokens: int, rounds: int) -> Figures:
     found: Figures = {"bank_mb": round(decoding.bank_mb, 1), "fused_mb": round(decoding.fused_mb, 1)}
     ways = decoding.ways()
     for count in ROWS:
@@ -170,6 +200,9 @@ def decode(model: nn.Module, targets: Targets, vocab: int, tokens: int, rounds: 
             for name, way in ways.items():
                 rates[name].append(way(count, tokens))
         found[f"{count} rows"] = {name: round(statistics.median(values), 1) for name, values in rates.items()}
+        found[f"{count} rows, lowest and highest"] = {
+            name: [round(min(values), 1), round(max(values), 1)] for name, values in rates.items()
+        }
         print(f"{count} rows, tokens/s: {found[f'{count} rows']}", flush=True)
     return found
 
@@ -190,8 +223,9 @@ def examples(kind: str, vocab: int) -> list[Encoded]:
 class Training:
     """Makes trainers for the same rows and settings."""
 
-    def __init__(self, model: nn.Module, targets: Targets, kind: str, steps: int, vocab: int) -> None:
-        self._model, self._targets, self._vocab = model, targets, vocab
+    def __init__(self, model: nn.Module, targets: Targets, kind: str, steps: int, vocab: int, cache_limit: int) -> None:
+        self._model, self._base = model, as_the_service(model)
+        self._targets, self._vocab, self._cache_limit = targets, vocab, cache_limit
         self._rows, self._steps = examples(kind, vocab), steps
         self._times: list[float] = []
 
@@ -200,7 +234,8 @@ class Training:
         settings = TrainingSection(
             batch_size=BATCH, grad_accum=1, lr=1e-9, max_steps=self._steps + warm_up, eval_every=0, clip_norm=None
         )
-        tree = make_tree(self._model, self._targets, rank=RANK, scale=SCALE, dropout=0.0, seed=0, plain=plain)
+        model = self._model if plain else self._base
+        tree = make_tree(model, self._targets, rank=RANK, scale=SCALE, dropout=0.0, seed=0, plain=plain)
         head = None if plain else install_head(tree.module, self._vocab)
         self._times = []
         return Trainer(tree, head, self._rows, settings, 1, self._timed)
@@ -231,19 +266,15 @@ class Training:
         return self._drive(self._trainer(False).run(), 1e9)
 
     def theirs(self) -> Figures:
-        mx.enable_compile()
-        try:
+        with as_mlx_lm(self._cache_limit):
             trainer = self._trainer(True)
             return self._drive(run_whole(trainer, self._timed), 1e9)
-        finally:
-            if mx.default_device() == mx.cpu:
-                mx.disable_compile()
 
 
-def train(model: nn.Module, targets: Targets, vocab: int, steps: int) -> Figures:
+def train(make: Callable[[str], Training]) -> Figures:
     found: Figures = {}
     for kind in ("masked", "text"):
-        training = Training(model, targets, kind, steps, vocab)
+        training = make(kind)
         found[kind] = {
             "mlx-lm": training.theirs(),
             "sliced": training.sliced(),
@@ -259,11 +290,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU")
     parser.add_argument("--bits", type=int, choices=[4, 8], help="quantise the base")
     parser.add_argument("--tokens", type=int, default=64, help="decoded in each row (default 64)")
-    parser.add_argument("--rounds", type=int, default=3, help="of decoding; their median counts (default 3)")
+    parser.add_argument("--rounds", type=int, default=6, help="of decoding; their median counts (default 6)")
     parser.add_argument("--steps", type=int, default=20, help="training steps that are timed (default 20)")
     parser.add_argument("--backend", choices=["auto", "metal", "cuda", "cpu"], default="auto")
     parser.add_argument("--only", choices=["decode", "train"])
     options = parser.parse_args()
+    cache_limit = mx.set_cache_limit(2**30)  # MLX's own
     device = backend.select(options.backend, MemorySection())
     dtype = options.dtype or ("float32" if device.name == "cpu" else "bfloat16")
     model = make_model(options.size, dtype, options.bits)
@@ -275,12 +307,12 @@ def main() -> None:
     )
     found: Figures = {}
     if options.only != "train":
-        found["decode"] = decode(model, targets, vocab, options.tokens, options.rounds)
+        found["decode"] = decode(Decoding(model, targets, vocab, cache_limit), options.tokens, options.rounds)
     if options.only != "decode":
-        found["train"] = train(model, targets, vocab, options.steps)
+        found["train"] = train(lambda kind: Training(model, targets, kind, options.steps, vocab, cache_limit))
     about = {"size": options.size, "dtype": dtype, "bits": options.bits, "model_mb": round(size)}
     where = {"backend": device.name, "device": device.device, "system": platform.platform()}
-    where |= {name: version(name) for name in ("mlx", "mlx-lm")}
+    where |= {"blas": blas.described()} | {name: version(name) for name in ("mlx", "mlx-lm")}
     print(json.dumps({**about, **found, "where": where}))
 
 

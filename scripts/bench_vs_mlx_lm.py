@@ -1,42 +1,45 @@
 #!/usr/bin/env python
 """The service against mlx-lm's own server and trainer: same machine, same random model, same clients, in one run.
 
-    .venv/bin/python scripts/bench_vs_mlx_lm.py                        # everything: a quarter of an hour on two cores
+    .venv/bin/python scripts/bench_vs_mlx_lm.py                        # everything: some 20 minutes on two cores
     .venv/bin/python scripts/bench_vs_mlx_lm.py --rows decode both     # some of it
 
-Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. Rows:
+Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. The sides take turns,
+with the same prompts; whoever has not its turn is stopped. Rows:
 
 - `decode`: tokens/s, time to the first piece and gaps between pieces at 1, 4 and 8 clients, base and one adapter
 - `adapters`: eight clients over 1, 4 and 8 different adapters (mlx-lm's server loads the model anew for each; ours has
   `serving.adapter_slots: 10`)
 - `first`: time to the first piece of the base, after prompts of 16, 256 and 1,024 words, and with a shared prefix
+- `long`: gaps between the pieces of one answer while prompts of 1,024 words come one after the other
 - `train`: steps/s and tokens/s alone: prompts of 100 words with answers of 8, masked; and text, unmasked
 - `both`: four clients while a batch trains, against a server beside `mlx_lm.lora`; and what memory that took
-- `live`: from the examples to the first answer that has learnt from them, against `mlx_lm.lora` and a new server
+- `live`: from the examples to the first answer that has learnt from them, in 1, 10 and 30 steps, against
+  `mlx_lm.lora` and a new server
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import platform
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from bench_clients import ROOT, Heard, Load, Ours, Theirs, environment, peak_mb
+from bench_clients import Load, Ours, Server, Theirs
+from bench_lora import Lora
 from bench_model import SIZES, words, write_model
 
-ROWS = ("decode", "adapters", "first", "train", "both", "live")
+from radiance_mlx import blas
+
+ROWS = ("decode", "adapters", "first", "long", "train", "both", "live")
 LORA = {"r": 8, "scale": 2.0}
 BATCH = 4
 
@@ -44,11 +47,14 @@ Figures = dict[str, Any]
 
 
 class Prompts:
-    """Made-up prompts, none twice, so that no cache knows them."""
+    """Made-up prompts, none twice, so that no cache knows them; each `turn` has its own, the same for both sides."""
 
-    def __init__(self, seed: int = 1) -> None:
-        self._seeds = itertools.count(seed * 1_000_000)
+    def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.turn()
+
+    def turn(self, number: int = 0) -> None:
+        self._seeds = itertools.count(1_000_000 * (number + 1))
 
     def __call__(self, tokens: int = 16, prefix: str = "") -> str:
         with self._lock:
@@ -93,6 +99,21 @@ class Bench:
     def theirs(self, adapter: Path | None = None) -> Theirs:
         return Theirs(self.model, self.folder / "mlx_lm.log", adapter)
 
+    @contextlib.contextmanager
+    def servers(self, *make: Callable[[], Server]) -> Iterator[list[Server]]:
+        """All of them started, and stopped in the end."""
+        with contextlib.ExitStack() as stack:
+            started = []
+            for one in make:
+                started.append(one())
+                stack.callback(started[-1].stop)
+            yield started
+
+    def lora(self, rows: Sequence[dict[str, str]], steps: int) -> Lora:
+        """mlx-lm's trainer at its work."""
+        parameters = {"rank": LORA["r"], "scale": LORA["scale"], "dropout": 0.0}
+        return Lora(self.model, self.folder, rows, steps, batch=BATCH, parameters=parameters).run()
+
     def adapter(self, number: int = 0) -> Path:
         return self.folder / "home" / "adapters" / self.adapters[number]
 
@@ -116,208 +137,177 @@ def text(prompts: Prompts) -> dict[str, str]:
 
 # --- answering ----------------------------------------------------------------------------------------
 
+#: who asks which server for which adapter
+Way = tuple[str, Server, Sequence[str | None]]
 
-def loads(bench: Bench, server: Any, adapters: tuple[str | None, ...]) -> Figures:
-    """At 1, 4 and 8 clients, after one to warm up."""
-    server.load(1, bench.prompts, 8, adapters=adapters)
-    return {
-        f"{clients} clients": server.load(
-            clients, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=adapters
-        ).figures()
-        for clients in (1, 4, 8)
-    }
+
+def in_turns(
+    bench: Bench, ways: Sequence[Way], clients: int, *, rounds: int = 0, tokens: int = 0
+) -> dict[str, Figures]:
+    """The figures of each way. In every round each has its turn, another one first each time."""
+    loads: dict[str, list[Load]] = {name: [] for name, _, _ in ways}
+    everyone = {server for _, server, _ in ways}
+    for number in range(rounds or bench.rounds):
+        for name, server, adapters in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
+            bench.prompts.turn(number + 100 * clients)
+            with server.alone(everyone):
+                loads[name].append(
+                    server.load(clients, bench.prompts, tokens or bench.tokens, rounds=2, adapters=adapters)
+                )
+    return {name: Load.figures(*some) for name, some in loads.items()}
 
 
 def decode(bench: Bench) -> Figures:
-    found: Figures = {}
-    with_adapter = bench.adapter(-1)  # the stable one
-    for who, make in (("ours", bench.ours), ("mlx-lm", bench.theirs)):
-        server = make()
-        try:
-            found[who] = {"base": loads(bench, server, ("base",) if who == "ours" else (None,))}
-            if who == "ours":
-                found[who]["adapter"] = loads(bench, server, ("stable",))
-        finally:
-            server.stop()
-    server = bench.theirs(with_adapter)
-    try:
-        found["mlx-lm"]["adapter"] = loads(bench, server, (None,))
-    finally:
-        server.stop()
+    found: Figures = {who: {"base": {}, "adapter": {}} for who in ("ours", "mlx-lm")}
+    with bench.servers(bench.ours, bench.theirs, lambda: bench.theirs(bench.adapter(-1))) as (ours, base, adapted):
+        ways: list[Way] = [("ours base", ours, ["base"]), ("ours adapter", ours, ["stable"])]  # the last adapter
+        ways += [("mlx-lm base", base, [None]), ("mlx-lm adapter", adapted, [None])]
+        in_turns(bench, ways, 1, rounds=1, tokens=8)  # to warm up
+        for clients in (1, 4, 8):
+            for name, figures in in_turns(bench, ways, clients).items():
+                who, what = name.split()
+                found[who][what][f"{clients} clients"] = figures
     return found
 
 
 def many_adapters(bench: Bench) -> Figures:
-    found: Figures = {}
-    many = {"serving.adapter_slots": 10}
-    for who, make in (("ours", lambda: bench.ours(**many)), ("mlx-lm", bench.theirs)):
-        server = make()
-        try:
-            found[who] = {}
-            names = [name if who == "ours" else str(bench.adapter(i)) for i, name in enumerate(bench.adapters)]
-            server.load(8, bench.prompts, 4, adapters=names)  # each has been there once
-            for count in (1, 4, 8):
-                load = server.load(8, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=names[:count])
-                found[who][f"{count} adapters"] = load.figures()
-        finally:
-            server.stop()
+    found: Figures = {"ours": {}, "mlx-lm": {}}
+    with bench.servers(lambda: bench.ours(**{"serving.adapter_slots": 10}), bench.theirs) as (ours, theirs):
+        folders = [str(bench.adapter(i)) for i in range(len(bench.adapters))]
+        ours.load(8, bench.prompts, 4, adapters=bench.adapters)  # each has been there once
+        theirs.load(8, bench.prompts, 4, adapters=folders)
+        for count in (1, 4, 8):
+            ways: list[Way] = [("ours", ours, bench.adapters[:count]), ("mlx-lm", theirs, folders[:count])]
+            for who, figures in in_turns(bench, ways, 8, rounds=2).items():
+                found[who][f"{count} adapters"] = figures
     return found
 
 
 def first(bench: Bench) -> Figures:
-    found: Figures = {}
+    found: Figures = {"ours": {}, "mlx-lm": {}}
     prefix = bench.prompts(1000)
-    for who, make in (("ours", bench.ours), ("mlx-lm", bench.theirs)):
-        server, base = make(), "base" if who == "ours" else None
-        try:
-            server.stream(bench.prompts(), 4, base)
-            found[who] = {}
-            for length in (16, 256, 1024):
-                heard = [server.stream(bench.prompts(length), 2, base) for _ in range(3 * bench.rounds)]
-                found[who][f"{length} words"] = _first(heard)
-            server.stream(bench.prompts(16, prefix), 2, base)
-            heard = [server.stream(bench.prompts(16, prefix), 2, base) for _ in range(3 * bench.rounds)]
-            found[who]["16 after a shared 1000"] = _first(heard)
-        finally:
-            server.stop()
+    asked = {f"{length} words": (length, "") for length in (16, 256, 1024)} | {"16 after a shared 1000": (16, prefix)}
+    with bench.servers(bench.ours, bench.theirs) as servers:
+        sides = list(zip(found, servers, ("base", None), strict=True))
+        for name, (length, before) in asked.items():
+            heard: dict[str, list[float]] = {who: [] for who in found}
+            for number in range(bench.rounds + 1):
+                for who, server, adapter in sides:
+                    bench.prompts.turn(number + 1000)
+                    with server.alone(servers):
+                        heard[who].append(server.stream(bench.prompts(length, before), 2, adapter).first_s)
+            for who, seconds in heard.items():  # the first one warmed up
+                found[who][name] = {"first_ms": round(1e3 * statistics.median(seconds[1:]), 1)}
     return found
 
 
-def _first(heard: list[Heard]) -> Figures:
-    return {"first_ms": round(1e3 * statistics.median(one.first_s for one in heard), 1)}
+def long_prompts(bench: Bench) -> Figures:
+    found: Figures = {}
+    with bench.servers(bench.ours, bench.theirs) as servers:
+        for who, server, adapter in zip(("ours", "mlx-lm"), servers, ("base", None), strict=True):
+            bench.prompts.turn(2000)
+            with server.alone(servers):
+                server.load(1, bench.prompts, 8, adapters=[adapter])
+                alone = server.load(1, bench.prompts, bench.tokens, rounds=2, adapters=[adapter])
+                beside, firsts = _beside_long(bench, server, adapter)
+            found[who] = {"alone": Load.figures(alone), "beside": Load.figures(beside)}
+            found[who]["long"] = {"first_ms": round(1e3 * statistics.median(firsts), 1)}
+    return found
+
+
+def _beside_long(bench: Bench, server: Server, adapter: str | None) -> tuple[Load, list[float]]:
+    """One client's answers while four long prompts come, and how long those take to their first token."""
+    done, heard = threading.Event(), list[Load]()
+
+    def listen() -> None:
+        heard.append(server.load(1, bench.prompts, bench.tokens, adapters=[adapter], until=done))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        firsts = [server.stream(bench.prompts(1024), 1, adapter).first_s for _ in range(4)]
+    finally:
+        done.set()
+        thread.join()
+    return heard[0], firsts
 
 
 # --- learning -----------------------------------------------------------------------------------------
 
 
-class Lora:
-    """`mlx_lm lora` as a process."""
-
-    def __init__(self, bench: Bench, rows: list[dict[str, str]], steps: int) -> None:
-        data = bench.folder / "data"
-        data.mkdir(exist_ok=True)
-        for name in ("train", "valid"):
-            (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        config = data / "lora.yaml"
-        parameters = {"rank": LORA["r"], "scale": LORA["scale"], "dropout": 0.0}
-        config.write_text(yaml.safe_dump({"lora_parameters": parameters, "mask_prompt": "text" not in rows[0]}))
-        self.adapter = bench.folder / "lora"
-        command = [sys.executable, "-m", "mlx_lm", "lora", "--train", "--model", str(bench.model), "-c", str(config)]
-        command += ["--data", str(data), "--adapter-path", str(self.adapter), "--iters", str(steps)]
-        command += ["--batch-size", str(BATCH), "--learning-rate", "1e-9", "--num-layers", "-1"]
-        command += ["--steps-per-report", "5", "--val-batches", "0", "--steps-per-eval", "1000000"]
-        command += ["--save-every", "1000000", "--max-seq-length", "1024"]
-        environ = environment() | {"PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ, cwd=ROOT
-        )
-        self.peak_mb = 0.0
-        self.said: list[tuple[float, str]] = []
-
-    def lines(self) -> None:
-        """Read to the end, keeping when each line came and the highest memory seen."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            self.said.append((time.perf_counter(), re.sub(r"\x1b\[[0-9;]*m", "", line)))
-            if self.process.poll() is None:
-                self.peak_mb = max(self.peak_mb, peak_mb(self.process.pid))
-        if self.process.wait():
-            raise SystemExit("mlx_lm lora failed:\n" + "".join(line for _, line in self.said[-20:]))
-
-    def figures(self) -> Figures:
-        """Between its first report, which has the warming up in it, and its last."""
-        found = [(t, re.match(r"\s*(\d+)\s+[\d.]+\D+[\d.]+", line)) for t, line in self.said]
-        reports = [(t, int(m[1])) for t, m in found if m]
-        (start, before), (end, after) = reports[0], reports[-1]
-        return {"steps_per_s": round((after - before) / (end - start), 2)}
-
-
-def published(bench: Bench, server: Ours, job: str) -> Figures:
-    """The metrics of the checkpoint that comes of a job."""
-    checkpoint = server.published(job)
+def trained(bench: Bench, server: Ours, rows: Sequence[dict[str, str]]) -> Figures:
+    """Teach `rows`; the metrics of the checkpoint that comes of it."""
+    checkpoint = server.published(server.teach(rows))
     metrics: Figures = json.loads((bench.folder / "home" / "metrics" / f"{checkpoint}.json").read_text())
     return metrics
 
 
-def trained(bench: Bench, server: Ours, rows: list[dict[str, str]]) -> Figures:
-    """Teach `rows`: steps in the time of its steps."""
-    metrics = published(bench, server, server.teach(rows))
-    return {"steps_per_s": round(metrics["steps"] / metrics["training_seconds"], 2)}
+def steps_per_s(metrics: Figures) -> float:
+    return float(metrics["steps"] / metrics["training_seconds"])
 
 
 def train(bench: Bench) -> Figures:
     found: Figures = {"ours": {}, "mlx-lm": {}}
     for name, make in (("masked", pair), ("text", text)):
         rows = [make(bench.prompts) for _ in range(10 * BATCH)]
-        server = bench.ours()
-        try:
-            metrics = published(bench, server, server.teach(rows))
-        finally:
-            server.stop()
-        lora = Lora(bench, rows, bench.steps)
-        lora.lines()
-        found["ours"][name] = {"steps_per_s": round(metrics["steps"] / metrics["training_seconds"], 2)}
-        found["mlx-lm"][name] = lora.figures()
+        rates: dict[str, list[float]] = {who: [] for who in found}
+        for _ in range(2):
+            with bench.servers(bench.ours) as [server]:
+                metrics = trained(bench, server, rows)
+            rates["ours"].append(steps_per_s(metrics))
+            rates["mlx-lm"].append(bench.lora(rows, bench.steps).steps_per_s)
         tokens = metrics["trained_tokens"] / metrics["steps"]  # prompts and padding too, of the same rows
-        for one in found.values():
-            one[name]["tokens_per_s"] = round(one[name]["steps_per_s"] * tokens)
+        for who, some in rates.items():
+            rate = statistics.mean(some)
+            found[who][name] = {"steps_per_s": round(rate, 3), "tokens_per_s": round(rate * tokens)}
+            found[who][name] |= {"lowest": round(min(some), 3), "highest": round(max(some), 3)}
     return found
 
 
 # --- both at once -------------------------------------------------------------------------------------
 
 
-def during(bench: Bench, server: Any, adapters: tuple[str | None, ...], work: Callable[[], Figures]) -> Figures:
-    """Four clients without and with `work` beside them."""
-    server.load(1, bench.prompts, 8, adapters=adapters)
-    alone = server.load(4, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=adapters).figures()
+def during(bench: Bench, server: Server, adapter: str | None, work: Callable[[], float]) -> Figures:
+    """Four clients without and with `work` beside them, which tells its steps/s."""
+    bench.prompts.turn(3000)
+    server.load(1, bench.prompts, 8, adapters=[adapter])
+    alone = server.load(4, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=[adapter])
     done = threading.Event()
     beside: list[Load] = []
 
     def clients() -> None:
-        beside.append(server.load(4, bench.prompts, bench.tokens, adapters=adapters, until=done))
+        beside.append(server.load(4, bench.prompts, bench.tokens, adapters=[adapter], until=done))
 
     thread = threading.Thread(target=clients)
     thread.start()
     try:
-        training = work()
+        rate = work()
     finally:
         done.set()
         thread.join()
-    return {"idle": alone, "training": beside[0].figures() | training}
+    return {"idle": Load.figures(alone), "training": Load.figures(*beside) | {"steps_per_s": round(rate, 3)}}
 
 
 def both(bench: Bench) -> Figures:
     rows = [pair(bench.prompts) for _ in range(10 * BATCH)]
-    found: Figures = {}
     # one copy of the base, about as many kept prompts as mlx-lm's server keeps (ten), and room for a token in a slice
-    server = bench.ours(**{"serving.fuse": "off", "serving.prompt_cache_mb": 16, "training.slice_ms": 40})
-    try:
-        alone = trained(bench, server, rows)
-        found["ours"] = during(bench, server, ("base",), lambda: trained(bench, server, rows))
-        found["ours"]["peak_mb"] = round(server.peak_mb())
-    finally:
-        server.stop()
-    found["ours"]["training alone"] = alone
-    lora = Lora(bench, rows, bench.steps)
-    lora.lines()
-    alone = lora.figures()
-    other = bench.theirs()
-    memory = 0.0
+    settings = {"serving.fuse": "off", "serving.prompt_cache_mb": 16, "training.slice_ms": 40}
+    with bench.servers(lambda: bench.ours(**settings)) as [ours]:
+        alone = steps_per_s(trained(bench, ours, rows))
+        found = {"ours": during(bench, ours, "base", lambda: steps_per_s(trained(bench, ours, rows)))}
+        found["ours"] |= {"peak_mb": round(ours.peak_mb()), "training alone": {"steps_per_s": round(alone, 3)}}
+    alone, memory = bench.lora(rows, bench.steps).steps_per_s, 0.0
 
-    def work() -> Figures:
+    def lora() -> float:
         nonlocal memory
-        lora = Lora(bench, rows, bench.steps)
-        lora.lines()
-        memory = lora.peak_mb
-        return lora.figures()
+        ran = bench.lora(rows, bench.steps)
+        memory = ran.peak_mb
+        return ran.steps_per_s
 
-    try:
-        found["mlx-lm"] = during(bench, other, (None,), work)
-        found["mlx-lm"]["peak_mb"] = round(other.peak_mb() + memory)
-    finally:
-        other.stop()
-    found["mlx-lm"]["training alone"] = alone
+    with bench.servers(bench.theirs) as [theirs]:
+        found["mlx-lm"] = during(bench, theirs, None, lora)
+        found["mlx-lm"] |= {"peak_mb": round(theirs.peak_mb() + memory)}
+        found["mlx-lm"] |= {"training alone": {"steps_per_s": round(alone, 3)}}
     for one in found.values():
         one["shares"] = {
             "decode": round(one["training"]["tokens_per_s"] / one["idle"]["tokens_per_s"], 3),
@@ -328,28 +318,20 @@ def both(bench: Bench) -> Figures:
 
 
 def live(bench: Bench) -> Figures:
-    rows, steps = [pair(bench.prompts, 12) for _ in range(BATCH)], 10
-    server = bench.ours(**{"training.max_steps": steps})
-    try:
-        server.stream(bench.prompts(), 4, "base")
+    rows = [pair(bench.prompts, 12) for _ in range(BATCH)]
+    found: Figures = {"ours": {}, "mlx-lm": {}}
+    for steps in (1, 10, 30):
+        with bench.servers(lambda steps=steps: bench.ours(**{"training.max_steps": steps})) as [ours]:
+            ours.stream(bench.prompts(), 4, "base")
+            started = time.perf_counter()
+            ours.stream(bench.prompts(), 1, ours.published(ours.teach(rows)))
+            found["ours"][f"{steps} steps"] = {"s": round(time.perf_counter() - started, 2)}
         started = time.perf_counter()
-        server.stream(bench.prompts(), 1, server.published(server.teach(rows)))
-        ours = time.perf_counter() - started
-    finally:
-        server.stop()
-    started = time.perf_counter()
-    lora = Lora(bench, rows, steps)
-    lora.lines()
-    other = bench.theirs(lora.adapter)
-    try:
-        other.stream(bench.prompts(), 1)
-        theirs = time.perf_counter() - started
-    finally:
-        other.stop()
-    return {
-        "ours": {"update to answer": {"s": round(ours, 2)}},
-        "mlx-lm": {"update to answer": {"s": round(theirs, 2)}},
-    }
+        adapter = bench.lora(rows, steps).adapter
+        with bench.servers(lambda adapter=adapter: bench.theirs(adapter)) as [theirs]:
+            theirs.stream(bench.prompts(), 1)
+            found["mlx-lm"][f"{steps} steps"] = {"s": round(time.perf_counter() - started, 2)}
+    return found
 
 
 # --- telling ------------------------------------------------------------------------------------------
@@ -375,10 +357,11 @@ def where() -> Figures:
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     names = ("radiance-mlx", "mlx", "mlx-lm")
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()} | {n: version(n) for n in names}
+    about = {"cpu": cpu, "cores": os.cpu_count(), "blas": blas.described(), "python": platform.python_version()}
+    return about | {name: version(name) for name in names}
 
 
-MEASURES = dict(zip(ROWS, (decode, many_adapters, first, train, both, live), strict=True))
+MEASURES = dict(zip(ROWS, (decode, many_adapters, first, long_prompts, train, both, live), strict=True))
 
 
 def main() -> None:
@@ -386,8 +369,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default 64)")
-    parser.add_argument("--rounds", type=int, default=2, help="answers a client asks for (default 2)")
-    parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each side (default 6)")
+    parser.add_argument("--steps", type=int, default=20, help="training steps, twice (default 20)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), options)
