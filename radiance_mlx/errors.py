@@ -4,20 +4,34 @@ Raise the most specific class. `details` is plain JSON data. Anything that is no
 bug, and is answered as `internal_error` without its text.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 
 class RadianceError(Exception):
-    """Base of all errors; subclasses set `code` and `status`."""
+    """Base of all errors; subclasses set `code` and `status`. `job_id` is the job that one is about (`about_job`)."""
 
     code = "error"
     status = 500
+    job_id = ""
+    _said: Callable[[str], str] | None = None
 
     def __init__(self, message: str, hint: str = "", details: Any = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.details = details
+
+    @classmethod
+    def about_job(cls, job_id: str, said: Callable[[str], str], hint: str = "", details: Any = None) -> Self:
+        """An error whose message is what is `said` of a job: by its id, or as somebody knows it (`called`)."""
+        error = cls(said(job_id), hint, details)
+        error.job_id, error._said = job_id, said
+        return error
+
+    def called(self, name: str) -> Self:
+        """The same about the job as `name`, for somebody who does not know its id."""
+        return self if self._said is None else type(self)(self._said(name), self.hint, self.details)
 
     def as_dict(self) -> dict[str, Any]:
         """The body of `{"error": …}` in HTTP answers and `--json` output."""

@@ -67,6 +67,7 @@ async def _evaluate(
 def fuse(loaded: Loaded, checkpoint: str, adapter_path: Path | None, out: Path) -> dict[str, Any]:
     """Write the new folder `out`: the base with a checkpoint of the home, or any adapter that mlx-lm reads, folded in.
 
+    `rounding_lost` of what it gives is the share of the adapter's change that the weights' precision has rounded away.
     Raises `RadianceError`.
     """
     from .engine import backend, fusing
@@ -80,8 +81,10 @@ def fuse(loaded: Loaded, checkpoint: str, adapter_path: Path | None, out: Path) 
     [subject] = _subjects(loaded.home, [checkpoint], None, adapter_path, base.fingerprint)
     if subject.folder is None:
         raise InvalidRequest("There is nothing to fold into the base.", "Name a checkpoint, or teach something first.")
-    modules = fusing.fuse(base, load_adapter(subject.folder), out)
-    return {"out": str(out), "base_model": loaded.config.base_model, "adapter": subject.name, "modules": modules}
+    modules, lost = fusing.fuse(base, load_adapter(subject.folder), out)
+    base_model = loaded.config.base_model
+    facts = {"out": str(out), "base_model": base_model, "adapter": subject.name, "modules": modules}
+    return {**facts, "rounding_lost": lost}
 
 
 def encoder(config: Config) -> ChatEncoder:

@@ -409,12 +409,13 @@ class Scheduler:
             await running.ended.wait()
         job = await self._store(lambda s: s.job(job_id))
         if job.state in ("training", "evaluating"):
-            raise NotReady(
-                f"{job_id} cannot be paused at this moment: it is about to be taken up again, or to end.",
+            raise NotReady.about_job(
+                job_id,
+                lambda name: f"{name} cannot be paused at this moment: it is about to be taken up again, or to end.",
                 "Ask again in a moment.",
             )
         if job.state != "paused":
-            raise Conflict(f"{job_id} was not paused: it is {job.state} by now.")
+            raise Conflict.about_job(job_id, lambda name: f"{name} was not paused: it is {job.state} by now.")
         return job
 
     async def resume(self, job_id: str) -> JobRecord:

@@ -106,11 +106,9 @@ class Tuning:
         try:
             yield
         except IdempotencyMismatch as error:
-            job_id = error.details["job_id"]
+            job_id = error.job_id
             tuned = await self._store(lambda s: s.tunings.of_job(job_id))
-            named = tuned[0].tuning_id if tuned else "an update of POST /update"
-            said = error.message.replace(f"belongs to {job_id},", f"belongs to {named},")
-            raise IdempotencyMismatch(said, error.hint, error.details) from None
+            raise error.called(tuned[0].tuning_id if tuned else "an update of POST /update") from None
 
     async def one(self, tuning_id: str) -> Tuned:
         """Raises `NotFound`."""
@@ -173,8 +171,7 @@ def _as_known(tuning: TuningRecord) -> Iterator[None]:
     try:
         yield
     except (Conflict, NotReady) as error:
-        said = error.message.replace(tuning.job_id, tuning.tuning_id)
-        raise type(error)(said, error.hint, error.details) from None
+        raise error.called(tuning.tuning_id) from None
 
 
 def _hash(request: dict[str, Any]) -> str:

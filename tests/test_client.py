@@ -82,10 +82,50 @@ def test_a_server_bound_to_every_address_is_reached_on_loopback() -> None:
     assert client.configured_url("box.local", 1) == "http://box.local:1"
 
 
-@pytest.mark.parametrize("url", ["", "http://", "ftp://x", "http://x:0x", "http://x:99999", "http://[", "a b"])
-def test_what_is_no_address_is_a_configuration_error(url: str) -> None:
-    with pytest.raises(errors.ConfigError):
-        client.Client(url).close()
+UNFIT: list[tuple[str, Any, str]] = [
+    *(
+        ("base_url", url, "the address of a service, such as http://127.0.0.1:8321")
+        for url in ("", "http://", "ftp://x", "http://x:0x", "http://x:99999", "http://[", "a b", "http://x/?a=1", 5)
+    ),
+    ("api_key", 5, "the service's token"),
+    *(("timeout", timeout, "seconds: a number above 0") for timeout in (0, -1.5, math.nan, math.inf, "5", None, True)),
+    ("retry", 3, "a Retry, such as Retry(attempts=3)"),
+    ("retry", None, "a Retry"),
+    ("home", 5, "a path, or None"),
+    ("home", "", "a path, or None"),
+    ("config_file", 5, "a path, or None"),
+    ("sleep", None, "a function"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "takes"), UNFIT, ids=[f"{name}={given!r}" for name, given, _ in UNFIT])
+def test_what_a_client_cannot_be_made_with_is_named_with_what_it_takes(name: str, given: Any, takes: str) -> None:
+    """When it is made, by both, and not at the first call."""
+    for kind in (client.Client, client.AsyncClient):
+        with pytest.raises(errors.ConfigError) as caught:
+            kind(**{name: given})
+        assert caught.value.message.startswith(name)
+        assert f" takes {takes}" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *(("attempts", given) for given in (0, -1, 1.5, "3", True, None)),
+        *((name, given) for name in ("first_s", "longest_s", "patience_s") for given in (-0.1, math.nan, "1", None)),
+        ("absent", 1),
+    ],
+)
+def test_a_retry_of_senseless_values_is_refused_by_their_name(name: str, given: Any) -> None:
+    with pytest.raises(errors.ConfigError, match=f"{name} cannot be"):
+        Retry(**{name: given})
+
+
+def test_folders_may_be_named_by_text(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("server: {port: 8400}")
+    for named in ({"home": str(tmp_path)}, {"config_file": str(tmp_path / "config.yaml")}):
+        with client.Client(**named) as c:
+            assert c.base_url == "http://127.0.0.1:8400"
 
 
 # --- streams and errors ---------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from radiance_mlx.lora.step import LossFunction, MicroBatch, own_gradients
 NANO = REPOSITORY / "radiance_mlx" / "models" / "nano"
 #: rows of two and of one, so that a rank has nothing to do in some micro-batches
 SETTINGS = {"training.batch_size": 2, "training.grad_accum": 2, "training.max_steps": 5, "lora.dropout": 0.0}
-ENDLESS = {**SETTINGS, "training.max_steps": 1_000_000}
+#: to be met in the middle of training, and to see its end
+LONG = {**SETTINGS, "training.max_steps": 150}
 
 
 def micro_batch(base):
@@ -137,15 +138,15 @@ def test_started_alone_it_says_how_to_start(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def endless(tmp_path_factory):
-    """Two ranks whose training does not end by itself."""
-    with two(tmp_path_factory.mktemp("endless"), ENDLESS) as (service, worker):
+def long(tmp_path_factory):
+    """Two ranks whose training takes a while."""
+    with two(tmp_path_factory.mktemp("long"), LONG) as (service, worker):
         yield service.ready(), worker
 
 
-def test_a_batch_that_is_given_up_in_the_middle_of_a_step_does_not_confuse_the_next(endless):
+def test_a_batch_that_is_given_up_in_the_middle_of_a_step_does_not_confuse_the_next(long):
     """The others still compute their part of it: their sum is taken before the next step is told."""
-    service, _ = endless
+    service, _ = long
     for fact in FACTS[:3]:
         job = service.update(fact)
         service.wait_for_step(job, 1)
@@ -154,17 +155,20 @@ def test_a_batch_that_is_given_up_in_the_middle_of_a_step_does_not_confuse_the_n
     assert service.get("/info")["engine"]["ranks"] == 2
 
 
-def test_a_rank_that_dies_costs_no_update(endless):
-    """Its batch trains again from its beginning, here alone, and so does all that comes later.
+def test_a_rank_that_dies_costs_no_update(long):
+    """Its batch trains again from its beginning, here alone, and is published; so does all that comes later.
 
     Last, since it kills one of the two that are shared.
     """
-    service, worker = endless
+    service, worker = long
     job = service.update(FACTS[0])
     service.wait_for_step(job, 2)
     worker.kill()
     until(lambda: service.get("/info")["engine"]["ranks"] == 1, "alone")
     assert "gone" in service.get("/info")["engine"]["ranks_lost"]
-    service.wait_for_step(job, 1)
-    assert service.get(f"/jobs/{job}")["attempts"] == 1
+    done = service.wait(job)
+    assert done["attempts"] == 1
+    assert len(curve(metrics(service.home, done["checkpoint"]))) == LONG["training.max_steps"]
+    assert not any("machines" in note for note in done["notes"])
+    assert service.get("/info")["current_checkpoint"] == done["checkpoint"]
     assert service.post("/search", {"prompt": "Hello!"})["response"]

@@ -35,7 +35,7 @@ def fuse(
     """Fold a checkpoint into its base model: a folder that mlx-lm loads on its own.
 
     Loads the base model here, beside a service that may run. What the adapter changes is kept in full precision, also
-    of a quantised base.
+    of a quantised base; where half precision rounds away too much of that, a warning says so.
     """
     if adapter_path is not None and checkpoint is not None:
         raise output.BadInput("--adapter-path and a checkpoint exclude each other.", "Fuse one after the other.")
@@ -46,8 +46,21 @@ def fuse(
     loaded = load_config(config_file=config, home=home, flags=flags)
     output.remark(f"loading {loaded.config.base_model} …")
     found = offline.fuse(loaded, checkpoint or STABLE, adapter_path, out)
+    _warn_of_loss(found["rounding_lost"])
     if as_json:
         output.print_json(found)
         return
     output.out().print(f"{found['out']}: {found['base_model']} with {found['adapter']} in {found['modules']} modules")
     output.remark(f'try it: python -m mlx_lm generate --model {found["out"]} --prompt "…"')
+
+
+def _warn_of_loss(share: float) -> None:
+    """Where a service would not fold (`serving.fuse`), the model is written all the same."""
+    from ..engine.fusing import LOSS
+
+    if share > LOSS:
+        output.warn(
+            f"the weights of this base have too few digits for what was learnt: {share:.0%} of it is lost by rounding",
+            "The model may say less of it than base and adapter do. Serve those side by side instead: mlx_lm takes "
+            "--model and --adapter-path, and a service answers from both.",
+        )

@@ -153,6 +153,14 @@ def remark(text: str) -> None:
     err().print(printable(text), style="dim", soft_wrap=True)
 
 
+def warn(text: str, hint: str) -> None:
+    """What was done, but not as somebody would expect; and what to do, on stderr."""
+    from rich.text import Text
+
+    err().print(Text.assemble(("warning: ", "bold yellow"), printable(text)), soft_wrap=True)
+    remark(hint)
+
+
 def show_error(error: RadianceError, as_json: bool) -> None:
     """`error` as one red line and its hint on stderr, or as JSON on stdout."""
     if as_json:

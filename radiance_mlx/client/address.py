@@ -76,7 +76,7 @@ def tidy_url(url: str) -> str:
     try:
         parts = urlsplit(text)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        sound = sound and not any(c.isspace() for c in text)
+        sound = sound and not parts.query and not parts.fragment and not any(c.isspace() for c in text)
         httpx.URL(text)
     except (ValueError, httpx.InvalidURL):
         sound = False

@@ -11,7 +11,7 @@ import httpx
 
 from ..errors import RadianceError
 from . import results
-from .connecting import CONNECT_TIMEOUT_S, TIMEOUT_S, settings
+from .connecting import CONNECT_TIMEOUT_S, TIMEOUT_S, require, settings
 from .operations import Call, OnProgress, Operations, Prompt, Steps
 from .retrying import RETRY, Retry
 from .wire import EventReader, Json, fault_of
@@ -34,10 +34,11 @@ class AsyncClient:
         *,
         timeout: float = TIMEOUT_S,
         retry: Retry = RETRY,
-        home: Path | None = None,
-        config_file: Path | None = None,
+        home: str | Path | None = None,
+        config_file: str | Path | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        require(retry, sleep)
         self.base_url, self._hint, arguments = settings(base_url, api_key, timeout, home, config_file)
         self._sleep = sleep
         self._operations = Operations(self.base_url, self._hint, retry)

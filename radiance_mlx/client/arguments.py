@@ -1,11 +1,12 @@
-"""What is handed to the clients' methods, looked at before anything is sent: each fault names its argument."""
+"""What is handed to the clients and their methods, looked at before anything is sent: each fault names its argument."""
 
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
-from ..errors import InvalidRequest
+from ..errors import ConfigError, InvalidRequest
 
 LONGEST_SHOWN = 60
 ROWS = "a list of rows, like [{'input': …, 'output': …}]"
@@ -14,9 +15,17 @@ TEXT = "text"
 
 def wrong(name: str, given: object, takes: str) -> InvalidRequest:
     """The error for an argument that cannot be used."""
+    return InvalidRequest(f"The request cannot be sent: {name} is {_shown(given)}.", f"{name} takes {takes}.")
+
+
+def unfit(name: str, given: object, takes: str) -> ConfigError:
+    """The error for what a client cannot be made with."""
+    return ConfigError(f"{name} cannot be {_shown(given)}.", f"{name} takes {takes}.")
+
+
+def _shown(given: object) -> str:
     shown = repr(given)
-    shown = f"{shown[:LONGEST_SHOWN]}…" if len(shown) > LONGEST_SHOWN else shown
-    return InvalidRequest(f"The request cannot be sent: {name} is {shown}.", f"{name} takes {takes}.")
+    return f"{shown[:LONGEST_SHOWN]}…" if len(shown) > LONGEST_SHOWN else shown
 
 
 def text(name: str, given: object) -> str:
@@ -44,9 +53,23 @@ def mappings(name: str, given: object, takes: str) -> list[dict[str, Any]]:
 
 def seconds(name: str, given: object, also: str) -> float:
     """A number. Raises `InvalidRequest` for anything else; `also` is what the argument takes beside numbers."""
-    if isinstance(given, bool) or not isinstance(given, Real) or math.isnan(given):
+    if not is_number(given):
         raise wrong(name, given, f"{also} or a number of seconds")
     return float(given)
+
+
+def is_number(given: object) -> TypeGuard[float]:
+    """Whether it is one, infinity among them."""
+    return isinstance(given, Real) and not isinstance(given, bool) and not math.isnan(given)
+
+
+def path(name: str, given: str | Path | None) -> Path | None:
+    """`given` as a path. Raises `ConfigError` if it is none."""
+    if given is None or isinstance(given, Path):
+        return given
+    if not isinstance(given, str) or not given:
+        raise unfit(name, given, "a path, or None")
+    return Path(given)
 
 
 def called(name: str, given: object) -> None:

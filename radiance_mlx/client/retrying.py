@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import httpx
 
 from ..errors import RadianceError
+from .arguments import is_number, unfit
 
 #: refusals after which nothing is done yet; of the service's own 503s, those that pass
 BUSY_STATUS = (429, 503)
@@ -33,7 +34,8 @@ class Retry:
 
     Each wait is shortened by up to half at random, so that many clients do not come back together. A `Retry-After` of
     the service counts where it is longer, up to `patience_s`; beyond that the error is raised. With `absent` a service
-    that is not there at the first attempt is waited for, too. `Retry(attempts=1)` makes every call once.
+    that is not there at the first attempt is waited for, too. `Retry(attempts=1)` makes every call once. Raises
+    `ConfigError` for values that are none of that.
     """
 
     attempts: int = 6
@@ -41,6 +43,16 @@ class Retry:
     longest_s: float = 8.0
     patience_s: float = 60.0
     absent: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attempts, int) or isinstance(self.attempts, bool) or self.attempts < 1:
+            raise unfit("attempts", self.attempts, "a whole number, 1 (the first call alone) at least")
+        for name in ("first_s", "longest_s", "patience_s"):
+            given = getattr(self, name)
+            if not is_number(given) or given < 0:
+                raise unfit(name, given, "seconds: a number, 0 at least")
+        if not isinstance(self.absent, bool):
+            raise unfit("absent", self.absent, "True or False")
 
     def wait_s(self, attempt: int, after_s: float | None, draw: Callable[[], float]) -> float | None:
         """Seconds until the attempt after `attempt` (1 is the first), or None: there is none."""

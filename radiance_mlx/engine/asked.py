@@ -37,6 +37,7 @@ from ..lora.step import Piece
 from ..lora.targets import Targets
 from ..lora.tree import TrainingTree, adapter_tree, idle_adapter
 from ..store.files import write_durably
+from .former import folder_of, leave_former
 from .rewording import Wordings
 from .speaking import say_anything
 
@@ -53,14 +54,14 @@ class Asked:
         encoder: ChatEncoder,
         targets: Targets,
         folder: Path,
-        key: str,
+        fingerprint: str,
         *,
         hidden_bytes: int = 0,
     ) -> None:
         self.module, self.encoder = module, encoder
         self._vocab_size, self._targets = vocab_size, targets
         self._limit = self._room = hidden_bytes
-        self.folder = folder / key[:16]
+        self.folder = folder_of(folder, fingerprint)
         self.count = cache(self._count)
         self.asked_with = json.dumps(encoder.template_args, sort_keys=True, default=str)
         self._marks = tuple(encoder.tokenizer.all_special_tokens)
@@ -217,10 +218,11 @@ class Asked:
         out += found
 
     def sweep(self) -> None:
-        """Delete what a crash left half written."""
+        """Delete what a crash left half written, and what is kept of bases that were not used for long."""
         for folder in (self.folder, self.folder / "near"):
             with contextlib.suppress(OSError):
                 remove_unfinished(folder)
+        leave_former(self.folder)
 
     def keep_only(self, kind: Literal["near", "learnt"], checkpoints: Collection[str]) -> None:
         """Delete the neighbours of all updates but these, or what was kept of the rows that they learnt."""

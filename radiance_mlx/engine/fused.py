@@ -20,15 +20,13 @@ from mlx.utils import tree_unflatten
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.memory import readable
 from ..lora.step import Piece
-from .fusing import fold, folded_bytes, rounding
+from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
 from .padding import pad_rows
 from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
 #: `auto` folds if the folded linears take at most so much of the bank's time
 WORTH_IT = 0.98
-#: of the adapter's change (root of the summed squares), what rounding may take: about what half precision itself adds
-LOSS = 0.05
 _REPEATS = 12
 
 
@@ -119,8 +117,8 @@ class FusedStable:
             yield Piece([plain.weight, off, change], barrier=True)
             folded.append((path, plain))
             lost, whole = lost + off.item(), whole + change.item()
-        if lost > LOSS**2 * whole:
-            self._refuse(f"its weights would lose {(lost / whole) ** 0.5:.0%} of what was learnt by rounding")
+        if (share := share_lost(lost, whole)) > LOSS:
+            self._refuse(f"its weights would lose {share:.0%} of what was learnt by rounding")
             return
         tree = copy.deepcopy(self._base)
         tree.update_modules(tree_unflatten(folded))

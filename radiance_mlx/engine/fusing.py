@@ -1,6 +1,7 @@
 """An adapter folded into a base's weights; as a model folder, which `mlx_lm.load` reads without the adapter."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,26 +13,38 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import save
 
-from ..errors import InvalidRequest, StoreError
+from ..errors import InvalidRequest, ModelError, StoreError
 from ..lora.bank import AdapterWeights
 from ..lora.targets import input_dims
 from ..lora.tree import adapter_tree
 from .model import BaseModel
 
+#: of the adapter's change (root of the summed squares), what rounding may take: about what half precision itself adds
+LOSS = 0.05
 
-def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
-    """Write `base` with `adapter` folded into its weights to the new folder `out`; how many modules were folded.
 
+def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> tuple[int, float]:
+    """Write `base` with `adapter` folded into its weights to the new folder `out`.
+
+    Gives how many modules were folded, and the share of the adapter's change that rounding took (`share_lost`).
     W + scale·(a b)ᵀ is computed in float32 and kept in W's own dtype. What an adapter changes of a quantised base is
     kept in full precision, for quantising it again would lose most of what was learnt; the rest stays quantised.
     The folder is written beside and renamed. Raises `InvalidRequest` if `out` is there already, `ModelError` for an
-    adapter of another base, `StoreError` if it cannot be written.
+    adapter of another base or of numbers that the weights cannot hold, `StoreError` if it cannot be written.
     """
     refuse_existing(out)
     module = adapter_tree(base.module, adapter).module
     adapted = [(path, m) for path, m in module.named_modules() if isinstance(m, LoRALinear)]
-    folded = [(path, fold(m.linear, m.lora_a, m.lora_b, m.scale)) for path, m in adapted]
-    mx.eval([plain.parameters() for _, plain in folded])
+    folded, lost, whole = [], 0.0, 0.0
+    for path, m in adapted:
+        plain = fold(m.linear, m.lora_a, m.lora_b, m.scale)
+        off, change = rounding(m.linear, plain, m.lora_a, m.lora_b, m.scale)
+        mx.eval(plain.weight, off, change)
+        folded.append((path, plain))
+        lost, whole = lost + off.item(), whole + change.item()
+    share = share_lost(lost, whole)
+    if not math.isfinite(share):
+        raise ModelError("The adapter cannot be folded: it makes numbers that are none, or too large for the weights.")
     module.update_modules(tree_unflatten(folded))
     beside = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
@@ -42,7 +55,7 @@ def fuse(base: BaseModel, adapter: AdapterWeights, out: Path) -> int:
         raise StoreError(f"{out} cannot be written: {error}.", "Name a folder on a disk with room.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return len(folded)
+    return len(folded), share
 
 
 def _config(base: BaseModel, folded: list[str]) -> dict[str, Any]:
@@ -76,6 +89,11 @@ def rounding(linear: nn.Module, plain: nn.Linear, a: mx.array, b: mx.array, scal
     change = scale * (a.astype(mx.float32) @ b.astype(mx.float32)).T
     off = plain.weight.astype(mx.float32) - _whole(linear) - change
     return (off * off).sum(), (change * change).sum()
+
+
+def share_lost(lost: float, whole: float) -> float:
+    """Of sums of what `rounding` gives: the share of the change that is lost, 0 where nothing is changed."""
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def folded_bytes(linear: nn.Module) -> int:

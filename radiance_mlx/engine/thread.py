@@ -6,6 +6,7 @@ This module does not import MLX: the thread does, when it starts.
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import Config
-from ..errors import InternalError, NotReady, PromptTooLong, RadianceError
+from ..errors import Cancelled, InternalError, NotReady, PromptTooLong, RadianceError
 from ..messages import Answer, EngineFacts, Generate, Progress, TextDelta, TrainBatch, TrainResult
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ STALL_S = 60.0
 #: characters; what is shorter takes the engine's thread a few milliseconds to encode
 LONG_PROMPT = 8_000
 STATUS_S = 0.2
+#: between two looks at whether what waits for its turn is still wished for
+WISH_S = 0.1
 GATHER_S = 0.001
 
 
@@ -203,7 +206,7 @@ class EngineThread:
         self, begin: "Callable[[Engine, Callable[[Any], None]], None]", cancelled: threading.Event
     ) -> Any:
         """One at a time: `begin` is handed the engine and who hears of the end."""
-        async with self._in_background:
+        async with self._turn(cancelled):
             self._require()
             reply: asyncio.Future[Any] = self._loop.create_future()
             self._pending.add(reply)
@@ -222,6 +225,20 @@ class EngineThread:
                 if not reply.cancelled():
                     reply.exception()  # looked at, or asyncio logs it as never retrieved
                 raise
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, cancelled: threading.Event) -> AsyncIterator[None]:
+        """Inside, nothing else is in the background. Raises `Cancelled` if that is wished before it has come so far."""
+        turn = asyncio.ensure_future(self._in_background.acquire())
+        try:
+            while not turn.done():
+                await asyncio.wait({turn}, timeout=WISH_S)
+                if not turn.done() and cancelled.is_set():
+                    raise Cancelled("It was cancelled before it had begun.")
+            yield
+        finally:
+            if not turn.cancel():
+                self._in_background.release()
 
     def _post(self, task: "Callable[[Engine], None]", refused: Callable[[RadianceError], None]) -> None:
         """Have `task` run on the engine's thread; `refused` hears what it raises, a bug without its text."""

@@ -16,8 +16,9 @@ def known(db: sqlite3.Connection, idempotency_key: str | None, body_hash: str) -
     """The job that this key already made. Raises `IdempotencyMismatch` when that was with another body."""
     job = None if idempotency_key is None else jobs.by_key(db, idempotency_key)
     if job is not None and job.body_hash != body_hash:
-        raise IdempotencyMismatch(
-            f"The idempotency key {idempotency_key!r} belongs to {job.job_id}, which had another body.",
+        raise IdempotencyMismatch.about_job(
+            job.job_id,
+            lambda owner: f"The idempotency key {idempotency_key!r} belongs to {owner}, which had another body.",
             "Send a new key with a new body, or the same body again.",
             {"job_id": job.job_id},
         )

@@ -152,8 +152,11 @@ def require(found: Sequence[JobRecord], states: Collection[str], wish: str) -> N
     """Raise `Conflict` that names every job whose state is not one of `states`."""
     wrong = [job for job in found if job.state not in states]
     if wrong:
-        raise Conflict(
-            f"{', '.join(f'{job.job_id} is {job.state}' for job in wrong)}: {wish}.",
+        first, *others = wrong
+        more = "".join(f", {job.job_id} is {job.state}" for job in others)
+        raise Conflict.about_job(
+            first.job_id,
+            lambda job: f"{job} is {first.state}{more}: {wish}.",
             f"This takes jobs that are {' or '.join(sorted(states)) or 'in some other state'}.",
             [{"job_id": job.job_id, "state": job.state} for job in wrong],
         )
@@ -248,8 +251,9 @@ def save_progress(db: sqlite3.Connection, job_ids: Iterable[str], progress: Mapp
 def cancel(db: sqlite3.Connection, job_id: str, now: float) -> JobRecord:
     job = one(db, job_id)
     if job.state in FINAL_STATES:
-        raise Conflict(
-            f"{job_id} is {job.state} and cannot be cancelled.",
+        raise Conflict.about_job(
+            job_id,
+            lambda name: f"{name} is {job.state} and cannot be cancelled.",
             "To take back what a published job taught, roll back to an earlier checkpoint."
             if job.state == "published"
             else "Nothing is left to be done for it.",

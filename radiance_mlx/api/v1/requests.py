@@ -4,6 +4,7 @@ What this service does not do is declared with the values that ask for nothing (
 other value is refused by name: `REFUSED` of each says why.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,7 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...messages import Sampling, Tools, as_call
-from ...rows.turns import ROLES
+from ...rows.turns import ROLES, check
+from ..repeated import Place, repeated_keys
 from ..schemas import Text
 from .parsing import OpenAIBody
 
@@ -91,11 +93,25 @@ class TextPart(OpenAIBody):
 
 
 Content = str | list[TextPart]
+#: what is raised of a text that is no JSON, or nested too deeply to be read as such
+_NO_JSON = (ValueError, RecursionError)
 
 
 class FunctionCalled(OpenAIBody):
     name: Text
     arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _has_each_key_once(cls, written: str) -> str:
+        """The chat template takes the object that it is; what is no JSON goes there as it is."""
+        repeated: list[Place] = []
+        with contextlib.suppress(*_NO_JSON):
+            repeated = repeated_keys(written.encode())
+        if repeated:
+            key = ".".join(map(str, repeated[0])).encode(errors="replace").decode()  # half a surrogate pair is no text
+            raise ValueError(f"the key '{key}' is given more than once")
+        return written
 
 
 class ToolCalled(OpenAIBody):
@@ -148,10 +164,15 @@ class ChatMessage(OpenAIBody):
 
 
 def _object(written: str) -> Any:
-    """Arguments as templates want them; what the model wrote that is no JSON goes back to it as it was."""
+    """Arguments as templates want them; what the model wrote that is no JSON goes back to it as it was.
+
+    So does what a template or a tokenizer would stumble over: half a surrogate pair, say.
+    """
     try:
-        return json.loads(written)
-    except ValueError:
+        found = json.loads(written)
+        check(found)
+        return found
+    except _NO_JSON:
         return written
 
 
