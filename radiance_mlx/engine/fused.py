@@ -117,7 +117,7 @@ class FusedStable:
             yield Piece([plain.weight, off, change], barrier=True)
             folded.append((path, plain))
             lost, whole = lost + off.item(), whole + change.item()
-        if (share := share_lost(lost, whole)) > LOSS:
+        if not (share := share_lost(lost, whole)) <= LOSS:  # nor what is no number
             self._refuse(f"its weights would lose {share:.0%} of what was learnt by rounding")
             return
         tree = copy.deepcopy(self._base)
