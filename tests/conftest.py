@@ -54,3 +54,14 @@ def unlimited() -> Iterator[None]:
     mx.set_memory_limit(before)
     yield
     mx.set_memory_limit(before)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Any:
+    """The embedded model as the engine loads it, on the CPU."""
+    from radiance_mlx.config import Config
+    from radiance_mlx.engine import backend
+    from radiance_mlx.engine.model import load_base
+
+    backend.select("cpu", Config().memory)
+    return load_base(Config(), cpu=True)
