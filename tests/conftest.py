@@ -18,6 +18,7 @@ from radiance_mlx import blas as blas  # before any test imports MLX
 
 settings.register_profile("shared machine", deadline=None)  # an example may wait for others that compute
 settings.load_profile("shared machine")
+pytest.register_assert_rewrite("served", "tuning")  # what they assert is told with its values, as in a test
 
 
 @pytest.fixture(autouse=True, scope="session")
