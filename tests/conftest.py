@@ -18,6 +18,7 @@ from radiance_mlx import blas as blas  # before any test imports MLX
 
 settings.register_profile("shared machine", deadline=None)  # an example may wait for others that compute
 settings.load_profile("shared machine")
+pytest.register_assert_rewrite("served", "tuning")  # what they assert is told with its values, as in a test
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,3 +55,14 @@ def unlimited() -> Iterator[None]:
     mx.set_memory_limit(before)
     yield
     mx.set_memory_limit(before)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Any:
+    """The embedded model as the engine loads it, on the CPU."""
+    from radiance_mlx.config import Config
+    from radiance_mlx.engine import backend
+    from radiance_mlx.engine.model import load_base
+
+    backend.select("cpu", Config().memory)
+    return load_base(Config(), cpu=True)

@@ -43,8 +43,14 @@ QUICK = {
     "training.batch_size": 1,
     "evaluation.anchor_provider": "none",
 }
+#: updates wait for company
+BATCHED = {**QUICK, "update_mode": "batched", "batch.max_examples": 3}
 #: for what must be met in the middle of training
 ENDLESS = {**QUICK, "training.max_steps": 1_000_000}
+
+
+def question(i: int) -> str:
+    return FACTS[i][0]
 
 
 def example(question: str, answer: str) -> Example:
