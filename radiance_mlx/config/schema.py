@@ -276,7 +276,7 @@ class ServingSection(Section):
     """The engine's decoding."""
 
     max_batch: Positive = 16
-    prefill_step_size: Positive = 512
+    prefill_step_size: Positive | None = None
     adapter_slots: Annotated[int, Field(ge=3, le=MOST_SLOTS)] = 8
     prompt_cache_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 256
     max_waiting: Positive = 256

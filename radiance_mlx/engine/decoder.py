@@ -21,7 +21,7 @@ from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
-from .generation import JoiningGenerator
+from .generation import JoiningGenerator, prefill_here
 from .model import BaseModel
 from .prompts import PromptCache
 from .rows import BankModel, RowSampler, RowState
@@ -100,7 +100,7 @@ class Decoder:
             sampler=RowSampler(self._model),
             completion_batch_size=self._batch,
             prefill_batch_size=min(8, self._batch),
-            prefill_step_size=self._serving.prefill_step_size,
+            prefill_step_size=self._serving.prefill_step_size or prefill_here(),
             stream=mx.default_stream(mx.default_device()),
         )
         if not self._memory.wired:

@@ -18,6 +18,15 @@ from mlx_lm.models.cache import BatchKVCache
 GROWTH = 64
 
 
+#: prompt tokens in a pass. On the CPU, more are slower (attention's memory) and a longer wait for everybody else
+PREFILL, PREFILL_CPU = 512, 256
+
+
+def prefill_here() -> int:
+    """`prefill_step_size` for the default device."""
+    return PREFILL_CPU if mx.default_device() == mx.cpu else PREFILL
+
+
 class JoiningBatch(GenerationBatch):
     """The sequences that decode. `_fresh` marks those whose next input is still a token of their prompt."""
 
