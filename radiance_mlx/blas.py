@@ -14,10 +14,33 @@ if sys.platform == "linux":
         _library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
 
 
-def threads() -> int:
-    """How many threads OpenBLAS divides a product among; 0 without OpenBLAS, or with one that does not tell."""
+def _told() -> int:
     count = getattr(_library, "openblas_get_num_threads", None)
     return int(count()) if count is not None else 0
+
+
+_ALL = _told()
+_used = _ALL
+
+
+def threads() -> int:
+    """How many threads OpenBLAS has; 0 without OpenBLAS, or with one that does not tell."""
+    return _ALL
+
+
+def used() -> int:
+    """Among how many of them products are divided now."""
+    return _used
+
+
+def use(count: int = 0) -> None:
+    """Have the products that begin from now on divided among `count` threads; 0 or too many: all."""
+    global _used
+    count = min(count, threads()) or threads()
+    set_threads = getattr(_library, "openblas_set_num_threads", None)
+    if count != _used and set_threads is not None:
+        set_threads(count)
+        _used = count
 
 
 def described() -> str:

@@ -58,7 +58,7 @@ from radiance_mlx.engine import backend
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.layout import transpose_here, transpose_weights
-from radiance_mlx.engine.padding import grain_here, pad_rows
+from radiance_mlx.engine.products import grain_here, pad_rows, threads_here
 from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.lora.bank import AdapterWeights, Bank
@@ -186,7 +186,7 @@ class Decoding:
 
     def _ours(self, model: BankModel, slots: Sequence[int], tokens: int) -> float:
         stream = mx.default_stream(mx.default_device())
-        generator = JoiningGenerator(model, stream=stream, sampler=RowSampler(model))
+        generator = JoiningGenerator(model, stream=stream, sampler=RowSampler(model), threads_for=threads_here)
         caches = [model.new_cache(RowState(slot, 0.0, 1.0, 0, NAME if slot else None)) for slot in slots]
         return decode_rate(generator, len(caches), tokens, self._vocab, caches)
 

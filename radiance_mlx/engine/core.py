@@ -35,9 +35,9 @@ from .foundation import Foundation
 from .fused import FusedStable
 from .measuring import Measurements, MeasuringTask
 from .model import load_base
-from .padding import grain_here, pad_rows
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
+from .products import grain_here, pad_rows
 from .training import TrainingTask
 
 log = logging.getLogger(__name__)

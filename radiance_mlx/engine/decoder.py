@@ -23,6 +23,7 @@ from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
 from .generation import JoiningGenerator, prefill_here
 from .model import BaseModel
+from .products import threads_here
 from .prompts import PromptCache
 from .rows import BankModel, RowSampler, RowState
 from .slots import Slots
@@ -101,6 +102,7 @@ class Decoder:
             completion_batch_size=self._batch,
             prefill_batch_size=min(8, self._batch),
             prefill_step_size=self._serving.prefill_step_size or prefill_here(),
+            threads_for=threads_here if self._serving.decode_threads == "auto" else lambda rows: 0,
             stream=mx.default_stream(mx.default_device()),
         )
         if not self._memory.wired:

@@ -21,7 +21,7 @@ from ..lora.bank import AdapterWeights, Bank
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
-from .padding import pad_rows
+from .products import pad_rows
 from .slices import Slices, reason
 
 log = logging.getLogger(__name__)

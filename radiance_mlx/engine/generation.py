@@ -7,12 +7,14 @@ for nobody who has not asked for them, and no array is made row by row. Samplers
 taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). Answers are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache
+
+from .. import blas
 
 #: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
 GROWTH = 64
@@ -130,8 +132,10 @@ class JoiningGenerator(BatchGenerator):
 
     _currently_processing: list[list[Any]]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, threads_for: Callable[[int], int] = lambda rows: 0, **kwargs: Any) -> None:
+        """As mlx-lm's; `threads_for` tells how many threads of OpenBLAS decode so many rows, 0: all."""
         super().__init__(*args, **kwargs)
+        self._threads_for = threads_for
         self._prompt_batch = JoiningPrompts.empty(self.model, self.sampler, self.prefill_step_size)
         self._generation_batch = JoiningBatch.empty(self.model, self.sampler)
 
@@ -143,9 +147,11 @@ class JoiningGenerator(BatchGenerator):
         self._join()
         if self._currently_processing:
             # shorter parts are padded to the longest, so that this is the most that one pass computes
+            blas.use()
             width = max(1, self.prefill_step_size // len(self._currently_processing))
             self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
             self._join()
+        blas.use(self._threads_for(len(self._generation_batch)))
         return [], self._generation_batch.next()
 
     def _make_batch(self, n: int) -> PromptProcessingBatch:

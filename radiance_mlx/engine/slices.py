@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
+from .. import blas
 from ..errors import RadianceError
 from ..lora.step import Piece
 
@@ -21,6 +22,7 @@ class Slices:
 
     def run(self, seconds: float) -> bool:
         """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises."""
+        blas.use()
         ends = time.perf_counter() + seconds
         while True:
             self._check()

@@ -1,8 +1,9 @@
-"""A batch's products on the CPU, padded to as many rows as OpenBLAS multiplies best.
+"""A batch's products on the CPU: by as many threads of OpenBLAS, and padded to as many rows, as is fastest.
 
-It divides a product among its threads by blocks of rows, and a block that is partly filled costs more than a full one
-(docs/benchmarks.md). Rows of zeros are put below the others and left out of what comes out, linear by linear: nothing
-else has more to do.
+OpenBLAS divides a product among its threads by blocks of rows, and a block that is partly filled costs more than a full
+one (docs/benchmarks.md). Of few rows, one thread multiplies as fast as two, which leaves a core to all else that a step
+needs. Of more, rows of zeros are put below the others and left out of what comes out, linear by linear: nothing else
+has more to do.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from .. import blas
 
 #: threads of OpenBLAS → rows that fill their blocks. One thread has no such steps; more than two were not measured
 GRAINS = {2: 16}
+#: threads of OpenBLAS → the fewest and the most rows of a batch that one of them decodes alone
+ALONE = {2: (3, 8)}
 #: with fewer rows than that in the last block it is not filled up: they are computed by other code of the library
 LEAST = 4
 #: multiplications; a product with no more is not divided among threads (OpenBLAS: interface/gemm.c), and has no blocks
@@ -26,8 +29,17 @@ def grain_here() -> int:
     return GRAINS.get(blas.threads(), 1) if mx.default_device() == mx.cpu else 1
 
 
+def threads_here(rows: int) -> int:
+    """How many threads of OpenBLAS decode a batch of `rows` best on the default device; 0: all."""
+    fewest, most = ALONE.get(blas.threads(), (1, 0)) if mx.default_device() == mx.cpu else (1, 0)
+    return 1 if fewest <= rows <= most else 0
+
+
 def pad_rows(tree: nn.Module, grain: int) -> None:
-    """Have all plain linears of `tree`, and its embedding where that is the head, pad their rows to `grain`."""
+    """Have all plain linears of `tree`, and its embedding where that is the head, pad their rows to `grain`.
+
+    But where one thread computes them: it has no blocks.
+    """
     if grain == 1:
         return
     for module in tree.modules():
@@ -41,7 +53,7 @@ def pad_rows(tree: nn.Module, grain: int) -> None:
 def _padded(product: Callable[..., mx.array], grain: int) -> Callable[..., mx.array]:
     def call(module: Any, x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        if rows % grain < LEAST or rows * module.weight.size <= SMALL:
+        if blas.used() == 1 or rows % grain < LEAST or rows * module.weight.size <= SMALL:
             return product(module, x)
         y = product(module, mx.pad(x.reshape(rows, -1), ((0, -rows % grain), (0, 0))))
         return y[:rows].reshape(*x.shape[:-1], -1)

@@ -1,23 +1,24 @@
-"""Products that are padded to as many rows as OpenBLAS multiplies best."""
+"""Products of a batch: by as many threads, and padded to as many rows, as OpenBLAS multiplies best."""
 
+import asyncio
 import copy
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny
-from running import FACTS, QUICK, running, until
+from running import FACTS, QUICK, request, running, until
 
 from radiance_mlx import blas
-from radiance_mlx.engine import padding
-from radiance_mlx.engine.padding import grain_here, pad_rows
+from radiance_mlx.engine import products
+from radiance_mlx.engine.products import grain_here, pad_rows, threads_here
 from radiance_mlx.lora.targets import LINEAR
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_changes_nothing_but_the_rows_of_a_product(monkeypatch, tied):
     """Whatever the number of rows: logits are the same but for rounding, of the same shape; a linear stays one."""
-    monkeypatch.setattr(padding, "SMALL", 0)
+    monkeypatch.setattr(products, "SMALL", 0)
     plain = tiny.model(tie_word_embeddings=tied)
     padded = copy.deepcopy(plain)
     pad_rows(padded, 16)
@@ -40,11 +41,11 @@ def test_the_product_is_of_so_many_rows_and_few_are_left_alone(monkeypatch):
             return super().__call__(x)
 
     linear = Noting(4, 6)
-    assert 16 * linear.weight.size < padding.SMALL
-    padding._padded(Noting.__call__, 16)(linear, mx.ones((5, 4)))
+    assert 16 * linear.weight.size < products.SMALL
+    products._padded(Noting.__call__, 16)(linear, mx.ones((5, 4)))
     assert seen.pop() == (5, 4)  # it would be computed by one thread
-    monkeypatch.setattr(padding, "SMALL", 0)
-    call = padding._padded(Noting.__call__, 16)
+    monkeypatch.setattr(products, "SMALL", 0)
+    call = products._padded(Noting.__call__, 16)
     for shape in [(2, 1, 4), (3, 1, 4), (4, 1, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (36, 4)]:
         x = mx.random.normal(shape)
         assert mx.allclose(call(linear, x), nn.Linear.__call__(linear, x), atol=1e-6)
@@ -58,6 +59,51 @@ def test_rows_are_padded_where_it_was_measured_to_pay(monkeypatch):
     for threads in (0, 1, 4):
         monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
         assert grain_here() == 1
+
+
+def test_few_rows_are_decoded_by_one_thread_where_it_was_measured_to_pay(monkeypatch):
+    """Of two; by how many there are with any other number, or off the CPU."""
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    assert [threads_here(rows) for rows in (1, 2, 3, 8, 9, 16)] == [0, 0, 1, 1, 0, 0]
+    for threads in (0, 1, 4):
+        monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
+        assert {threads_here(rows) for rows in range(1, 20)} == {0}
+
+
+@pytest.mark.skipif(blas.threads() < 2, reason="OpenBLAS has one thread here, or is not there")
+def test_one_thread_has_no_blocks_to_fill(monkeypatch):
+    """What is used is what the library says; it is never more than there is."""
+    monkeypatch.setattr(products, "SMALL", 0)
+    linear, seen = nn.Linear(4, 6), []
+    call = products._padded(lambda module, x: seen.append(x.shape[0]) or nn.Linear.__call__(module, x), 16)
+    try:
+        for count, rows in ((1, 5), (0, 16), (10_000, 16)):
+            blas.use(count)
+            assert blas.used() == blas._told() == (1 if count == 1 else blas.threads())
+            call(linear, mx.ones((5, 4)))
+            assert seen.pop() == rows
+    finally:
+        blas.use()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "off"])
+def test_the_service_decodes_few_by_one_thread_and_all_else_by_all(tmp_path, monkeypatch, wanted):
+    """Prompts and training have all; a batch of answers what it was measured for, in `serving.decode_threads: auto`."""
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    used = []
+    monkeypatch.setattr(blas, "use", lambda count=0: used.append(count))
+    with running(tmp_path, QUICK, serving__decode_threads=wanted) as service:
+        asked = [service.service.search(request(question)) for question, _ in FACTS[:4]]
+
+        async def together():
+            return await asyncio.gather(*asked)
+
+        service.call(together())
+        assert (1 in used) is (wanted == "auto")
+        assert used[0] == 0
+        used.clear()
+        service.learn(FACTS[0])
+        assert set(used) == {0}
 
 
 @pytest.mark.parametrize(("wanted", "padded"), [("auto", True), ("off", False)])
