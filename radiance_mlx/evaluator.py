@@ -22,7 +22,7 @@ from .config import Config
 from .config.bases import resolve
 from .engine.conditions import conditions
 from .engine.thread import EngineThread
-from .errors import AnchorsUnavailable, CheckpointDamaged, Conflict, NotFound
+from .errors import AnchorsUnavailable, CheckpointDamaged, Conflict, InvalidRequest, NotFound
 from .evaluation.anchors import AnchorSet, AnchorSettings, encode, load_rows, own_anchors, signature
 from .evaluation.plan import EarlierUpdate, Plan, Subject, spread
 from .evaluation.policy import FINETUNE_LOSS, Rule
@@ -280,7 +280,15 @@ def is_checkpoint_name(name: str) -> bool:
 
 
 def asked_for(settings: AnchorSettings, home: Path, changes: Mapping[str, Any]) -> AnchorSettings:
-    """`settings` with `changes`; `local` by name is the home's own folder, whatever the base brings."""
+    """`settings` with `changes`; `local` by name is the home's own folder, whatever the base brings.
+
+    Raises `InvalidRequest` for `local` with a data set.
+    """
+    if changes.get("provider") == "local" and changes.get("dataset"):
+        raise InvalidRequest(
+            f"The anchors of `local` are data/anchors/*.jsonl of the home, not {changes['dataset']}.",
+            "Name the data set alone (its provider is hf), or leave it out.",
+        )
     if changes.get("provider") == "local":
         settings = replace(settings, folder=home / "data" / "anchors")
     return replace(settings, **changes)

@@ -176,7 +176,7 @@ class Pupil:
 
 
 def write_anchors(home: Path) -> None:
-    """What the arm `anchors` rehearses: half of the known facts, in wordings that are not asked, and as many refusals.
+    """What the arm `anchors` rehearses: 200 rows of known facts, in wordings that are not asked, and as many refusals.
 
     Those refused are neither taught nor asked.
     """

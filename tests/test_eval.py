@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import mlx.core as mx
 import pytest
 import structlog
 from running import FACTS, QUICK, REPOSITORY, LoopThread, http, running
@@ -271,3 +273,17 @@ def test_wrong_arguments_are_one_clear_error(taught, command, arguments, says):
     assert code in (1, 2)
     assert says in err
     assert "Traceback" not in err
+
+
+def test_an_adapter_of_no_numbers_cannot_be_measured(taught, command, tmp_path):
+    """It ends with an error that says so, and writes no metrics."""
+    folder = shutil.copytree(next((taught / "adapters").glob("A_*")), tmp_path / "adapter")
+    weights = mx.load(str(folder / "adapters.safetensors"))
+    name = next(key for key in weights if key.endswith("lora_b"))
+    mx.save_safetensors(str(folder / "adapters.safetensors"), {**weights, name: weights[name] * float("nan")})
+    home = tmp_path / "home"
+    write_jsonl(home / "data" / "anchors" / "mine.jsonl", [{"input": "Hi", "output": "Hello!"}])
+    code, out, _ = command(home, "--adapter-path", str(folder), "--json")
+    assert code != 0
+    assert json.loads(out)["error"]["code"] == "non_finite"
+    assert not list(home.glob("metrics/*.json"))

@@ -88,6 +88,15 @@ def test_the_losses_of_steps_and_of_the_whole_are_means_over_answer_tokens(base)
     assert final == pytest.approx([LOSS_AFTER], abs=1e-6)
 
 
+def test_a_steps_loss_is_the_mean_over_its_micro_batches(base):
+    """As mlx-lm trains it: (-(ln 0.8 + ln 0.1) / 2 - ln 0.1) / 2 where each row is one; of all, tokens count alike."""
+    run, final = taught(base, tiny.settings(lr=1e-20, batch_size=1, grad_accum=2, max_steps=2)), []
+    tiny.drive(run.run())
+    tiny.drive(run.evaluate_all(final))
+    assert tiny.losses(run) == pytest.approx([(1.2628643 + 2.3025851) / 2] * 2, abs=1e-6)
+    assert final == pytest.approx([LOSS_AFTER], abs=1e-6)
+
+
 def test_eval_loss_is_of_the_rows_that_are_held_out(base):
     """-(ln 0.8 + ln 0.1) / 2 or -ln 0.1, whichever row it is; and of the batch itself where none is."""
     settings = tiny.settings(lr=1e-20, grad_accum=1, max_steps=4, eval_every=1, eval_fraction=0.5, eval_holdout=True)

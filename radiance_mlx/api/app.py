@@ -7,7 +7,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from ..errors import InternalError, MethodNotAllowed, NotFound, RadianceError
@@ -15,6 +15,7 @@ from ..service import Service
 from .openapi import OWN_PATH, TABLE, document, shown
 from .responses import error_response
 from .security import Guard
+from .writing import JSONResponse
 
 log = structlog.get_logger(__name__)
 

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import JSONResponse
-
 from ..errors import RadianceError
 from ..messages import FINAL_STATES, Answer, iso
 from ..store import CheckpointRecord, JobRecord
 from .v1.errors import PREFIX, error_body, status_of
+from .writing import JSONResponse
 
 
 def error_response(error: RadianceError, path: str) -> JSONResponse:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ..errors import InvalidRequest
 from ..messages import FINAL_STATES, EventKind, JobState
@@ -16,6 +16,7 @@ from .bodies import parse, parse_update, read_body
 from .responses import answer_body, checkpoint_body, event_body, job_body
 from .routing import RouteFacts, number, one_of, service_of, serving, unless_client_leaves
 from .sse import streamed, streamed_work
+from .writing import JSONResponse
 
 
 async def search(request: Request) -> Response:

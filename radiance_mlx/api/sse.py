@@ -1,7 +1,6 @@
 """A streamed answer as server-sent events: `data: {"text": …}`, the whole answer, `data: [DONE]`."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -12,6 +11,7 @@ from sse_starlette.sse import EventSourceResponse
 from ..errors import RadianceError
 from ..messages import Answer, TextDelta
 from .responses import answer_body
+from .writing import written
 
 Pieces = AsyncIterator[TextDelta | Answer]
 
@@ -66,4 +66,4 @@ def _of(item: TextDelta | Answer, started: float) -> list[dict[str, str]]:
 
 
 def _data(body: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(body, ensure_ascii=False)}
+    return {"data": written(body)}

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import NonFinite
 from .statistics import Estimate, estimates
 
 NAMES = (
@@ -60,7 +61,7 @@ class AnchorSums:
 def anchor_metrics(sums: AnchorSums, out: dict[str, Any], *, seed: int = 0) -> Iterator[None]:
     """Put `{name: mean or None, …, "intervals": {name: [low, high], …}}` for all of `NAMES` into `out`.
 
-    Yields now and then, and is done when it ends.
+    Yields now and then, and is done when it ends. Raises `NonFinite` where weights gave what is no number.
     """
     wanted: dict[str, Sums | None] = {
         "forgetting_loss": sums.base_entropy + sums.base_kl,
@@ -75,6 +76,11 @@ def anchor_metrics(sums: AnchorSums, out: dict[str, Any], *, seed: int = 0) -> I
         wanted["forgetting_loss_delta"] = sums.base_kl - sums.parent_base_kl
     found: dict[str, Estimate] = {}
     known = {name: values for name, values in wanted.items() if values is not None}
+    if not all(np.isfinite(values).all() for values in known.values()):
+        raise NonFinite(
+            "On the anchors, the weights give values that are no numbers or infinite.",
+            "The adapter cannot be used: it may be damaged, or was trained at too high a rate.",
+        )
     yield from estimates(known, sums.tokens, found, seed=seed)
     found["retention_score"] = _retention(found["forgetting_kl"])
     out.update({name: found[name].mean if name in found else None for name in NAMES})

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...messages import Answer, TextDelta
 from ...service import Service
 from ..routing import service_of
+from ..writing import JSONResponse
 from . import shapes
 from .asking import addressed, answers_to, pieces_of, several
 from .errors import BadParameter, NotAsAsked

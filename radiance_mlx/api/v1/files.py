@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...errors import InvalidRequest, PayloadTooLarge
 from ...messages import Example
@@ -12,6 +12,7 @@ from ...rows.intake import examples_of_upload
 from ...service import Service
 from ...store import UploadRecord
 from ..routing import service_of
+from ..writing import JSONResponse
 from . import shapes
 from .errors import BadParameter
 from .multipart import read_upload

@@ -5,13 +5,14 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...errors import InvalidRequest, NotFound, PayloadTooLarge, StoreError
 from ...messages import FINAL_STATES, STABLE, Example
 from ...service import Service
 from ...store import Tuned
 from ..routing import service_of
+from ..writing import JSONResponse
 from . import shapes
 from .asking import TRAINING, checkpoint_of
 from .errors import BadParameter

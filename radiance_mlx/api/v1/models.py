@@ -4,12 +4,13 @@ import time
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from ...messages import BASE, STABLE, Generate
 from ...service import Service
 from ...store import CheckpointRecord
 from ..routing import service_of
+from ..writing import JSONResponse
 from . import shapes
 from .asking import TRAINING, checkpoint_of
 
