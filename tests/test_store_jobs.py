@@ -275,6 +275,8 @@ def test_a_cancellation_is_told_when_the_training_has_stopped(store: Store) -> N
     store.cancel(third)
     assert not store.hold(third)
     assert cancellations(store) == [[first], [third]]
+    store.start_batch([second], BASE)
+    assert store.requeue([second]) == [second]
     store.cancel(second)
     checkpoint = train(store)
     anew, _ = store.start_reconsolidation(BASE, checkpoint)
