@@ -101,14 +101,12 @@ class Lineage:
         await self._settle(stable, None)
 
     async def _greet_base(self) -> None:
-        last = await self._store(lambda s: s.get("base_hash"))
-        if last is not None and last != self.base_hash:
+        last = await self._store(lambda s: s.greet_base(self.base_hash))
+        if last is not None:
             known = await self._store(lambda s: s.checkpoints(self.base_hash))
             what = "goes on with its own lineage" if known else "starts a lineage of its own"
             self.warnings.append(f"this home was last used with another base model; this one {what}")
             log.warning("another base model", base_hash=self.base_hash[:12], last=last[:12])
-            await self._store(lambda s: s.event("base_changed", {"from": last, "to": self.base_hash}))
-        await self._store(lambda s: s.put("base_hash", self.base_hash))
 
     async def _sound(self, record: CheckpointRecord) -> bool:
         if not record.pruned:
@@ -228,11 +226,15 @@ class Lineage:
             if record.rejected:
                 await self._reject(record, data)
             else:
+                over = record.verdict.get("outcome") in ("logged", "risky")
+                data["status"] = record.status
+                if over:
+                    data["verdict"] = record.verdict
                 await self._engine.call(lambda engine: engine.warm(record.checkpoint))
                 await self._store(lambda s: s.publish(record, events=[("published", data)]))
                 await self._now_serves(record.checkpoint, record.status)
                 log.info("published", checkpoint=record.checkpoint, loss=record.metrics.get("finetune_loss"))
-                if record.verdict.get("outcome") in ("logged", "risky"):
+                if over:
                     log.warning("over the threshold", checkpoint=record.checkpoint, reason=record.verdict["reason"])
         await self._prune()
         await self._write_curves()

@@ -36,6 +36,8 @@ EventKind = Literal[
     "damaged",
     "base_changed",
     "failed",
+    "quarantined",
+    "cancelled",
     "restarted",
     "put_aside",
     "paused",

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -146,14 +147,18 @@ class Scheduler:
         jobs = await self._store(lambda s: [s.job(job_id) for job_id in ids])
         unwanted = [job.job_id for job in jobs if job.cancel_requested]
         if unwanted:
-            await self._store(lambda s: s.set_state(unwanted, "cancelled"))
+            await self._store(lambda s: s.set_state(unwanted, "cancelled", events=[("cancelled", {"jobs": unwanted})]))
         worn_out = [job.job_id for job in jobs if job.attempts >= MAX_ATTEMPTS and job.job_id not in unwanted]
         if worn_out:
             error = TrainingFailed(
                 f"The process ended {MAX_ATTEMPTS} times while this job trained.",
                 "See the service's log for the cause; post the examples again to retry.",
             )
-            await self._store(lambda s: s.set_state(worn_out, "quarantined", error=error.as_dict()))
+            document = error.as_dict()
+            over: dict[str, Any] = {"jobs": worn_out, "checkpoint": checkpoint, "error": document}
+            await self._store(
+                lambda s: s.set_state(worn_out, "quarantined", error=document, events=[("quarantined", over)])
+            )
             log.error("quarantined", jobs=worn_out)
         rest = [job for job in jobs if job.job_id not in (*unwanted, *worn_out)]
         if not rest:
@@ -167,7 +172,7 @@ class Scheduler:
             (self._alone if worn_out or alone else self._due).update(left)
             self._drop(checkpoint)
             why = "the process ended again and again while it trained with others" if worn_out or alone else LESS
-            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
+            await self._tell_restarted(left, why)
             return
         begun = tuple(job.job_id for job in rest if job.attempts or job.progress)
         await self._store(lambda s: s.retry_batch(checkpoint, left))
@@ -256,8 +261,7 @@ class Scheduler:
             left = sorted(set(queued) - running.pausing)
             self._due.update(left)
             less = LESS if len(left) < len(running.jobs) else ""
-            why = running.aside or less or error.message
-            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
+            await self._tell_restarted(left, running.aside or less or error.message)
         self._drop(running.checkpoint)
 
     @contextlib.asynccontextmanager
@@ -344,15 +348,17 @@ class Scheduler:
             log.warning("a batch failed; its jobs are tried one by one", error=error.message)
             left = await self._store(lambda s: s.requeue(running.jobs, count_attempt=False))
             self._alone.update(left)
-            why = "its batch failed; its jobs are tried one by one"
-            await self._store(lambda s: s.event("restarted", {"jobs": left, "why": why}))
+            await self._tell_restarted(left, "its batch failed; its jobs are tried one by one")
             return
         document = error.as_dict()
         log.error("job failed", jobs=list(running.jobs), error=error.message)
-        await self._store(lambda s: s.set_state(running.jobs, "failed", error=document))
         data = {"jobs": list(running.jobs), "checkpoint": running.checkpoint, "error": document}
-        await self._store(lambda s: s.event("failed", data))
+        await self._store(lambda s: s.set_state(running.jobs, "failed", error=document, events=[("failed", data)]))
         self._alone.difference_update(running.jobs)
+
+    async def _tell_restarted(self, jobs: Sequence[str], why: str) -> None:
+        if jobs:  # none is left of a job that was alone, and is cancelled or paused
+            await self._store(lambda s: s.event("restarted", {"jobs": list(jobs), "why": why}))
 
     def _drop(self, checkpoint: str) -> None:
         """Nothing of a batch that is given up stays: it may have been committed, but never recorded."""

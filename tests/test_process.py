@@ -183,6 +183,9 @@ def test_a_job_that_was_taken_up_three_times_is_quarantined_and_its_company_is_p
     with running(first.home, {**QUICK, **batched, "batch.max_examples": 1}) as last:
         quarantined = last.wait(bad, "quarantined")
         assert "4 times" in quarantined.error["message"]
+        over = last.store(lambda s: s.events_of(bad))[-1]
+        assert (over["kind"], over["data"]["jobs"]) == ("quarantined", [bad])
+        assert over["data"]["error"] == quarantined.error
         assert job_body(quarantined, None)["checkpoint"] is None
         last.wait(good, "published")
         (record,) = last.checkpoints().values()

@@ -168,6 +168,7 @@ def test_a_wish_to_cancel_that_is_found_at_a_start_is_fulfilled_and_its_company_
     with running(tmp_path, {**QUICK, "update_mode": "batched", "batch.max_examples": 2}) as service:
         made = service.wait(good, "published").checkpoint
         assert service.job(bad).state == "cancelled"
+        assert service.store(lambda s: s.events_of(bad))[-1]["kind"] == "cancelled"
         assert service.checkpoints()[made].jobs == (good,)
         assert made != first
         assert nothing_left(service, first)

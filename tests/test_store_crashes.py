@@ -81,6 +81,7 @@ def snapshot(home: Path) -> dict[str, Any]:
         "events": store.events(),
         "uploads": [(one.filename, store.uploads.content(one.file_id)) for one in store.uploads.all()],
         "bodies": len(list((home / "data/files").iterdir())),
+        "values": [tuple(row) for row in store._database._connection.execute("SELECT * FROM meta")],
         "reserved": store._database._connection.execute("SELECT count(*) FROM reservations").fetchone()[0],
     }
     store.close()
@@ -102,6 +103,9 @@ ACTIONS: dict[str, Callable[[Store], object]] = {
     "put_aside": lambda store: store.put_aside("job_000002", "why"),
     "requeue": lambda store: store.requeue(["job_000002"], count_attempt=False),
     "hold": lambda store: store.hold("job_000002"),
+    "cancel": lambda store: store.cancel("job_000003"),
+    "cancel_in_training": lambda store: store.set_state(["job_000002"], "cancelled", events=[("cancelled", {})]),
+    "greet_base": lambda store: store.greet_base("another"),
     "upload": lambda store: store.uploads.add("b.jsonl", "fine-tune", b"body", 1),
     "delete_upload": lambda store: store.uploads.delete(store.uploads.all()[0].file_id),
     "move_stable": lambda store: store.move_stable(BASE, None, "why"),
@@ -116,6 +120,7 @@ def test_a_kill_at_any_line_leaves_the_state_before_or_after(tmp_path: Path, nam
     store = Store(origin, Clock())
     train(store)
     accept(store)
+    store.greet_base(BASE)
     store.uploads.add("a.jsonl", "fine-tune", b"a", 1)
     store.start_batch(["job_000002"], BASE)
     if name != "start_reconsolidation":  # which begins only while nothing waits

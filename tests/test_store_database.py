@@ -28,14 +28,16 @@ def test_events_are_read_on_from_where_one_was(store: Store, clock: Clock) -> No
     assert store.events(ids[3]) == []
 
 
-def test_values_are_remembered_by_name(tmp_path: Path, store: Store) -> None:
-    """The last value put is got, also after a restart."""
-    assert store.get("last base hash") is None
-    store.put("last base hash", "a")
-    store.put("last base hash", "b")
+def test_a_change_of_bases_is_told_once(tmp_path: Path, store: Store) -> None:
+    """The first base is no change; the last one is remembered over a restart."""
+    assert store.greet_base("a") is None
+    assert store.greet_base("a") is None
+    assert store.events() == []
+    assert store.greet_base("b") == "a"
     store.close()
     again = Store(tmp_path)
-    assert again.get("last base hash") == "b"
+    assert again.greet_base("b") is None
+    assert [(event["kind"], event["data"]) for event in again.events()] == [("base_changed", {"from": "a", "to": "b"})]
     again.close()
 
 
@@ -176,6 +178,36 @@ def test_events_of_a_job_are_found_without_reading_the_journal(tmp_path: Path, c
     store.close()
 
 
+@pytest.mark.parametrize("kinds", [["rollback"], ["published", "rollback", "failed"]])
+def test_what_happened_is_found_without_reading_the_progress_of_training(
+    tmp_path: Path, clock: Clock, kinds: list[str]
+) -> None:
+    """Also in a database from before events were indexed by kind."""
+    (tmp_path / "state").mkdir()
+    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("index_events_by_kind")]
+    path = tmp_path / "state" / "radiance.db"
+    Database(path, clock, steps).close()
+    raw = sqlite3.connect(path)
+    raw.execute("INSERT INTO events (at, kind, data) VALUES (7, 'rollback', '{}')")
+    raw.executemany("INSERT INTO events (at, kind, data) VALUES (7, ?, '{}')", [("progress",)] * 20_000)
+    raw.commit()
+    raw.close()
+    store = Store(tmp_path, clock)
+    queries: list[str] = []
+    looks: list[int] = []
+    connection = store._database._connection
+    connection.set_trace_callback(queries.append)
+    connection.set_progress_handler(lambda: looks.append(1), 100)
+    assert [event["id"] for event in store.newest_events(kinds, None, 20)] == [1]
+    assert len(looks) < 10
+    connection.set_progress_handler(None, 0)
+    connection.set_trace_callback(None)
+    [query] = [query for query in queries if query.startswith("SELECT")]
+    plan = [row["detail"] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}")]
+    assert plan[0] == "SEARCH events USING INDEX events_by_kind (kind=? AND id<?)"
+    store.close()
+
+
 def test_a_busy_database_raises_store_error_and_the_store_goes_on(tmp_path: Path, store: Store) -> None:
     """Another program that holds the file makes a write fail with a hint; afterwards writes work again."""
     other = sqlite3.connect(tmp_path / "state/radiance.db", isolation_level=None)
@@ -184,11 +216,11 @@ def test_a_busy_database_raises_store_error_and_the_store_goes_on(tmp_path: Path
         db.execute("SELECT 1")
     store._database._connection.execute("PRAGMA busy_timeout=10")
     with pytest.raises(StoreError, match="locked"):
-        store.put("a", "1")
+        store.greet_base("a")
     other.execute("ROLLBACK")
     other.close()
-    store.put("a", "1")
-    assert store.get("a") == "1"
+    assert store.greet_base("a") is None
+    assert store.greet_base("b") == "a"
 
 
 def test_the_files_of_the_store_may_be_closed_twice(store: Store) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from stores import BASE, Clock, accept, in_state
+from stores import BASE, Clock, accept, in_state, train
 from stores import clock as clock
 from stores import store as store
 
@@ -243,12 +243,18 @@ def test_a_record_cannot_be_changed(store: Store) -> None:
 # cancelling
 
 
+def cancellations(store: Store) -> list[list[str]]:
+    """The jobs of each event that tells of one."""
+    return [event["data"]["jobs"] for event in store.events() if event["kind"] == "cancelled"]
+
+
 @pytest.mark.parametrize("state", ["review", "queued", "paused"])
 def test_a_waiting_job_is_cancelled_at_once(store: Store, state: str) -> None:
     """Cancelling a job that does not train yet ends it."""
     job_id = in_state(store, state)
     assert store.cancel(job_id).state == "cancelled"
     assert store.job(job_id).state == "cancelled"
+    assert cancellations(store) == [[job_id]]
 
 
 @pytest.mark.parametrize("state", ["training", "evaluating"])
@@ -256,6 +262,28 @@ def test_a_training_job_is_not_cancelled_by_the_store_alone(store: Store, state:
     """The record comes back with the wish noted; its training has to be stopped first."""
     before = store.job(in_state(store, state))
     assert store.cancel(before.job_id) == replace(before, cancel_requested=True) == store.job(before.job_id)
+    assert cancellations(store) == []
+
+
+def test_a_cancellation_is_told_when_the_training_has_stopped(store: Store) -> None:
+    """Whichever way it stops: the batch given up, the job held, a reconsolidation put aside."""
+    first, second, third = (accept(store).job_id for _ in range(3))
+    store.start_batch([first, second], BASE)
+    store.cancel(first)
+    assert store.requeue([first, second]) == [second]
+    store.start_batch([third], BASE)
+    store.cancel(third)
+    assert not store.hold(third)
+    assert cancellations(store) == [[first], [third]]
+    store.start_batch([second], BASE)
+    assert store.requeue([second]) == [second]
+    store.cancel(second)
+    checkpoint = train(store)
+    anew, _ = store.start_reconsolidation(BASE, checkpoint)
+    store.cancel(anew)
+    store.put_aside(anew, "an update is due")
+    assert cancellations(store) == [[first], [third], [second], [anew]]
+    assert [event["kind"] for event in store.events()].count("put_aside") == 0
 
 
 @pytest.mark.parametrize("state", sorted(FINAL_STATES))

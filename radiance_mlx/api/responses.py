@@ -62,8 +62,8 @@ def job_body(job: JobRecord, progress: dict[str, Any] | None) -> dict[str, Any]:
 def event_body(event: Mapping[str, Any]) -> dict[str, Any]:
     """`schemas.Event`."""
     data = event["data"]
-    told = data.get("reason") or data.get("why") or data.get("verdict", {}).get("reason")
-    reason = told or data.get("error", {}).get("message") or ""
+    told = data.get("reason") or data.get("why") or (data.get("verdict") or {}).get("reason")
+    reason = told or (data.get("error") or {}).get("message") or ""
     return {"id": event["id"], "at": iso(event["at"]), "kind": event["kind"], "reason": reason, "data": data}
 
 

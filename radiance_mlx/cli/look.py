@@ -194,6 +194,10 @@ def events(
         ),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="List at most so many.")] = 20,
+    before: Annotated[
+        int | None,
+        typer.Option(metavar="ID", min=1, help="Only what came before this event.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
     url: Url = None,
     home: Home = None,
@@ -202,12 +206,13 @@ def events(
 ) -> None:
     """List what happened, newest first: what was published, refused or rolled back, when and why."""
     with client_for(url, home, config, token) as client:
-        page = client.events(kind, limit).raw
+        page = client.events(kind, limit, before).raw
     if as_json:
         output.print_json(page)
         return
     from . import render
 
     output.out().print(render.events_table(page["events"]))
-    more = f" · older events: events --limit {limit * 2}" if page.get("next") and limit < 500 else ""
+    of_kind = f" --kind {kind}" if kind else ""
+    more = f" · older events: events{of_kind} --before {page['next']}" if page.get("next") else ""
     output.remark(f"serving {render.checkpoint_line(page)}{more}")

@@ -235,12 +235,13 @@ def events_table(events: list[dict[str, Any]]) -> RenderableType:
 
 
 def _subject(data: dict[str, Any]) -> str:
-    """A move as `from → to`, a checkpoint, or the jobs."""
+    """A move as `from → to`, a checkpoint with the number of its jobs, or jobs: one by name, several by number."""
     if "from" in data:
         names = (str(data.get(end) or "base") for end in ("from", "to"))
         return " → ".join(name[:12] if len(name) == 64 else name for name in names)  # a base's name is its hash
-    jobs = " ".join(data.get("jobs") or [])
-    return " · ".join(part for part in (data.get("checkpoint"), jobs) if part)
+    jobs = data.get("jobs") or []
+    named = [data["checkpoint"]] if data.get("checkpoint") else jobs if len(jobs) == 1 else []
+    return " · ".join([*named, *([f"{len(jobs)} jobs"] if len(jobs) > 1 else [])])
 
 
 def _checkpoint_remarks(ckpt: dict[str, Any]) -> str:

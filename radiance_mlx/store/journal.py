@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..messages import EventKind
@@ -16,6 +16,11 @@ def append(db: sqlite3.Connection, kind: EventKind, data: Mapping[str, Any], now
     named = [(job_id, number) for job_id in dict.fromkeys(data.get("jobs") or ())]
     db.executemany("INSERT INTO job_events (job_id, event) VALUES (?, ?)", named)
     return number
+
+
+def append_all(db: sqlite3.Connection, events: Iterable[tuple[EventKind, Mapping[str, Any]]], now: float) -> None:
+    for kind, data in events:
+        append(db, kind, data, now)
 
 
 def after(db: sqlite3.Connection, number: int, limit: int) -> list[dict[str, Any]]:

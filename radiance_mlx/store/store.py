@@ -110,14 +110,18 @@ class Store:
         *,
         error: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        events: Sequence[tuple[EventKind, Mapping[str, Any]]] = (),
     ) -> None:
-        """Move all the jobs, or raise `Conflict` when one may not go there (`jobs.TRANSITIONS`).
+        """Move all the jobs and append `events` (kind, data); or raise `Conflict` when one may not go there
+        (`jobs.TRANSITIONS`).
 
         Notes are added to those there are. Training, published and the way back to the queue have methods
         of their own: `start_batch`, `publish`, `requeue`.
         """
         with self._database.write() as db:
-            jobs.set_state(db, job_ids, state, error, notes, self._clock())
+            now = self._clock()
+            jobs.set_state(db, job_ids, state, error, notes, now)
+            journal.append_all(db, events, now)
 
     def save_progress(self, job_ids: Sequence[str], progress: Mapping[str, Any]) -> None:
         """Remember where the training stands; jobs that do not train any more are left alone."""
@@ -135,7 +139,11 @@ class Store:
         Raises `Conflict` for a job that has come to an end.
         """
         with self._database.write() as db:
-            return jobs.cancel(db, job_id, self._clock())
+            now = self._clock()
+            job = jobs.cancel(db, job_id, now)
+            if job.state == "cancelled":
+                journal.append(db, "cancelled", {"jobs": [job_id]}, now)
+            return job
 
     def pause(self, job_id: str) -> JobRecord:
         """Have a job wait until `resume`. One that trains is left as it is (see `hold`).
@@ -155,8 +163,7 @@ class Store:
             now = self._clock()
             jobs.hold(db, job_id, now)
             held = jobs.one(db, job_id).state == "paused"
-            if held:
-                journal.append(db, "paused", {"jobs": [job_id]}, now)
+            journal.append(db, "paused" if held else "cancelled", {"jobs": [job_id]}, now)
         return held
 
     def resume(self, job_id: str) -> JobRecord:
@@ -210,7 +217,12 @@ class Store:
         With `count_attempt` false the attempt is taken back, as after a stop that was asked for.
         """
         with self._database.write() as db:
-            return jobs.requeue(db, job_ids, count_attempt, self._clock())
+            now = self._clock()
+            queued = jobs.requeue(db, job_ids, count_attempt, now)
+            ended = [job_id for job_id in dict.fromkeys(job_ids) if job_id not in queued]
+            if ended:
+                journal.append(db, "cancelled", {"jobs": ended}, now)
+            return queued
 
     # reconsolidations
 
@@ -244,7 +256,7 @@ class Store:
         return job.job_id, checkpoint
 
     def put_aside(self, job_id: str, why: str) -> None:
-        """End a reconsolidation in training: it is cancelled, with the note `why` and an event.
+        """End a reconsolidation in training: it is cancelled, with the note `why` and an event `put_aside`.
 
         If somebody has asked for its end meanwhile, it is cancelled like any other job. Raises `Conflict` when it
         does not train.
@@ -254,7 +266,9 @@ class Store:
             jobs.require([job], jobs.IN_BATCH, "cannot be put aside")
             asked = job.cancel_requested
             jobs.set_state(db, [job_id], "cancelled", None, [] if asked else [why], now)
-            if not asked:
+            if asked:
+                journal.append(db, "cancelled", {"jobs": [job_id]}, now)
+            else:
                 data = {"jobs": [job_id], "checkpoint": job.checkpoint, "consolidates": job.consolidates, "why": why}
                 journal.append(db, "put_aside", data, now)
 
@@ -286,8 +300,7 @@ class Store:
             jobs.put_state(db, record.jobs, job_state, now, error)
             if job_state == "published":
                 checkpoints.point(db, record.base_hash, record.checkpoint)
-            for kind, data in events:
-                journal.append(db, kind, data, now)
+            journal.append_all(db, events, now)
 
     def checkpoint(self, checkpoint: str) -> CheckpointRecord:
         """Raises `NotFound`."""
@@ -358,10 +371,13 @@ class Store:
         with self._database.read() as db:
             return journal.of_job(db, job_id, after)
 
-    def get(self, key: str) -> str | None:
-        with self._database.read() as db:
-            return journal.get(db, key)
-
-    def put(self, key: str, value: str) -> None:
+    def greet_base(self, base_hash: str) -> str | None:
+        """Remember the base that is used from now on; the one before it if that was another, and it is told then."""
         with self._database.write() as db:
-            journal.put(db, key, value)
+            last = journal.get(db, "base_hash")
+            if last == base_hash:
+                return None
+            if last is not None:
+                journal.append(db, "base_changed", {"from": last, "to": base_hash}, self._clock())
+            journal.put(db, "base_hash", base_hash)
+            return last
