@@ -14,12 +14,15 @@ if sys.platform == "linux":
         _library = ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
 
 
-def _told() -> int:
-    count = getattr(_library, "openblas_get_num_threads", None)
-    return int(count()) if count is not None else 0
+def _told(name: str) -> int:
+    function = getattr(_library, name, None)
+    return int(function()) if function is not None else 0
 
 
-_ALL = _told()
+#: of how it divides its work (`openblas_get_parallel`): threads of its own. Of OpenMP's, fewer must not be used while a
+#: product is under way: memory of those left out would be freed
+_OWN_THREADS = 1
+_ALL = _told("openblas_get_num_threads")
 _used = _ALL
 
 
@@ -34,12 +37,14 @@ def used() -> int:
 
 
 def use(count: int = 0) -> None:
-    """Have the products that begin from now on divided among `count` threads; 0 or too many: all."""
+    """Have the products that begin from now on divided among `count` threads; 0 or too many: all.
+
+    Nothing happens with a library that must not be asked for it while it works.
+    """
     global _used
     count = min(count, threads()) or threads()
-    set_threads = getattr(_library, "openblas_set_num_threads", None)
-    if count != _used and set_threads is not None:
-        set_threads(count)
+    if _library is not None and count != _used and _told("openblas_get_parallel") == _OWN_THREADS:
+        _library.openblas_set_num_threads(count)
         _used = count
 
 

@@ -194,6 +194,7 @@ class Server:
                 other.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
+        self.process.send_signal(signal.SIGCONT)  # who is held hears of nothing else
         self.process.terminate()
         try:
             self.process.wait(20)

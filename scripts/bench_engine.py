@@ -51,6 +51,7 @@ from bench_model import QWEN3_SIZES, SIZES, model_config
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import qwen3
+from mlx_lm.tuner.lora import LoRALinear
 
 from radiance_mlx import blas
 from radiance_mlx.config.schema import MemorySection, TrainingSection
@@ -102,7 +103,8 @@ def random_adapter(model: nn.Module, targets: Targets, seed: int) -> AdapterWeig
 
 @contextlib.contextmanager
 def as_mlx_lm(cache_limit: int) -> Iterator[None]:
-    """MLX as it is when nobody has set anything."""
+    """MLX and OpenBLAS as they are when nobody has set anything."""
+    blas.use()
     ours = mx.set_cache_limit(cache_limit)
     mx.enable_compile()
     try:
@@ -166,6 +168,9 @@ class Decoding:
         self.fused_mb = fused.nbytes / 2**20
         self._fused = BankModel(tree, bank.rows, fused)
         self._plain, self._adapted = model, adapter_tree(model, adapters[0]).module
+        for layer in self._adapted.modules():
+            if isinstance(layer, LoRALinear):
+                layer.__class__ = LoRALinear  # ours does its products in another way
         self._adapted.eval()
 
     def ways(self) -> dict[str, Callable[[int, int], float]]:

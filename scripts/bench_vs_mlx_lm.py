@@ -4,8 +4,9 @@
     .venv/bin/python scripts/bench_vs_mlx_lm.py                        # everything: some 20 minutes on two cores
     .venv/bin/python scripts/bench_vs_mlx_lm.py --rows decode both     # some of it
 
-Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. The sides take turns,
-with the same prompts; whoever has not its turn is stopped. Rows:
+Prints a table of both and their ratio (ours over theirs), and one JSON object as its last line. In the first three
+rows and in `train` the sides take turns, on the same prompts or rows, and whoever has not its turn is stopped; the
+others are of one go each, ours first. Rows:
 
 - `decode`: tokens/s, time to the first piece and gaps between pieces at 1, 4 and 8 clients, base and one adapter
 - `adapters`: eight clients over 1, 4 and 8 different adapters (mlx-lm's server loads the model anew for each; ours has
@@ -47,14 +48,20 @@ Figures = dict[str, Any]
 
 
 class Prompts:
-    """Made-up prompts, none twice, so that no cache knows them; each `turn` has its own, the same for both sides."""
+    """Made-up prompts, none twice, so that no cache knows them, but for a `turn` that both sides take."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.turn()
+        self._turns = itertools.count(1)
+        self.begin(self.turn())
 
-    def turn(self, number: int = 0) -> None:
-        self._seeds = itertools.count(1_000_000 * (number + 1))
+    def turn(self) -> int:
+        """Of a set of prompts that has not been."""
+        return next(self._turns)
+
+    def begin(self, turn: int) -> None:
+        """From now on the prompts of that turn, from its first."""
+        self._seeds = itertools.count(1_000_000 * turn)
 
     def __call__(self, tokens: int = 16, prefix: str = "") -> str:
         with self._lock:
@@ -89,6 +96,7 @@ class Bench:
             "training.lr": 1e-9,
             "training.max_steps": self.steps,
             "training.eval_every": 0,
+            "training.clip_norm": None,
             "training.max_seq_length": 1024,
             **more,
         }
@@ -148,8 +156,9 @@ def in_turns(
     loads: dict[str, list[Load]] = {name: [] for name, _, _ in ways}
     everyone = {server for _, server, _ in ways}
     for number in range(rounds or bench.rounds):
+        turn = bench.prompts.turn()
         for name, server, adapters in (*ways[number % len(ways) :], *ways[: number % len(ways)]):
-            bench.prompts.turn(number + 100 * clients)
+            bench.prompts.begin(turn)
             with server.alone(everyone):
                 loads[name].append(
                     server.load(clients, bench.prompts, tokens or bench.tokens, rounds=2, adapters=adapters)
@@ -192,8 +201,9 @@ def first(bench: Bench) -> Figures:
         for name, (length, before) in asked.items():
             heard: dict[str, list[float]] = {who: [] for who in found}
             for number in range(bench.rounds + 1):
-                for who, server, adapter in sides:
-                    bench.prompts.turn(number + 1000)
+                turn = bench.prompts.turn()
+                for who, server, adapter in sides[:: 1 - 2 * (number % 2)]:
+                    bench.prompts.begin(turn)
                     with server.alone(servers):
                         heard[who].append(server.stream(bench.prompts(length, before), 2, adapter).first_s)
             for who, seconds in heard.items():  # the first one warmed up
@@ -205,7 +215,6 @@ def long_prompts(bench: Bench) -> Figures:
     found: Figures = {}
     with bench.servers(bench.ours, bench.theirs) as servers:
         for who, server, adapter in zip(("ours", "mlx-lm"), servers, ("base", None), strict=True):
-            bench.prompts.turn(2000)
             with server.alone(servers):
                 server.load(1, bench.prompts, 8, adapters=[adapter])
                 alone = server.load(1, bench.prompts, bench.tokens, rounds=2, adapters=[adapter])
@@ -269,7 +278,6 @@ def train(bench: Bench) -> Figures:
 
 def during(bench: Bench, server: Server, adapter: str | None, work: Callable[[], float]) -> Figures:
     """Four clients without and with `work` beside them, which tells its steps/s."""
-    bench.prompts.turn(3000)
     server.load(1, bench.prompts, 8, adapters=[adapter])
     alone = server.load(4, bench.prompts, bench.tokens, rounds=bench.rounds, adapters=[adapter])
     done = threading.Event()
@@ -322,14 +330,14 @@ def live(bench: Bench) -> Figures:
     found: Figures = {"ours": {}, "mlx-lm": {}}
     for steps in (1, 10, 30):
         with bench.servers(lambda steps=steps: bench.ours(**{"training.max_steps": steps})) as [ours]:
-            ours.stream(bench.prompts(), 4, "base")
+            ours.load(1, bench.prompts, 4, adapters=["base"])
             started = time.perf_counter()
-            ours.stream(bench.prompts(), 1, ours.published(ours.teach(rows)))
+            ours.load(1, bench.prompts, 1, adapters=[ours.published(ours.teach(rows))])
             found["ours"][f"{steps} steps"] = {"s": round(time.perf_counter() - started, 2)}
         started = time.perf_counter()
         adapter = bench.lora(rows, steps).adapter
         with bench.servers(lambda adapter=adapter: bench.theirs(adapter)) as [theirs]:
-            theirs.stream(bench.prompts(), 1)
+            theirs.load(1, bench.prompts, 1)
             found["mlx-lm"][f"{steps} steps"] = {"s": round(time.perf_counter() - started, 2)}
     return found
 

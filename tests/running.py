@@ -86,6 +86,12 @@ class LoopThread:
         self.loop.close()
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 @cache
 def set_apart_what_is_loaded() -> None:
     """As the server does once it has started: the collection after each batch then looks at the rest alone.

@@ -3,7 +3,6 @@
 import io
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,19 +15,13 @@ from commands import _clean as _clean
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from running import free_port
 
 from radiance_mlx import client, errors
 from radiance_mlx.cli import demo_questions, demo_show, look, output, progress, render, run, sources
 from radiance_mlx.cli.main import main
 from radiance_mlx.client import Job
 from radiance_mlx.models.nano import world
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
 
 # --- examples from files --------------------------------------------------------------------------------
 
@@ -187,7 +180,7 @@ def test_exit_codes_of_usage_and_configuration(line: str, code: int, capsys: pyt
     assert bool(err) == (code != 0)
 
 
-@pytest.mark.parametrize("command", ["info", "search hi", "jobs", "checkpoints", "rollback", "jobs cancel x"])
+@pytest.mark.parametrize("command", ["info", "search hi", "jobs", "checkpoints", "rollback", "events", "jobs cancel x"])
 def test_without_a_service_every_command_exits_with_3(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*command.split(), "--url", f"http://127.0.0.1:{free_port()}"]
     assert main(arguments) == output.UNREACHABLE

@@ -7,9 +7,7 @@ import mlx.core as mx
 import pytest
 
 from radiance_mlx.config import Config
-from radiance_mlx.engine import backend
 from radiance_mlx.engine.decoder import Decoder
-from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.text import AnswerText
 from radiance_mlx.errors import Busy, InvalidRequest, NotFound, PromptTooLong, RadianceError
 from radiance_mlx.lora.bank import AdapterWeights, Bank
@@ -50,9 +48,8 @@ class Adapters:
 
 
 @pytest.fixture(scope="module")
-def base():
-    backend.select("cpu", Config().memory)
-    return load_base(Config(), cpu=True)
+def base(nano):
+    return nano
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator
 
-from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.generation import JoiningGenerator, prefill_here
 
 PROMPTS = [[1, 2, 3], [5, 8, 2, 9, 4, 7, 11], [6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [20, 21], [7, 7, 7, 7]]
 
@@ -102,6 +102,13 @@ def test_stop_tokens_and_lengths_end_a_sequence_as_in_mlx_lm(model, expected):
             whole = expected[number]
             assert tokens == (whole[: whole.index(stop) + 1] if stop in whole else whole)
     assert play(JoiningGenerator, model, [(0, 3)], max_tokens=1)[3] == expected[3][:1]
+
+
+def test_a_pass_over_prompts_is_smaller_on_the_cpu(monkeypatch):
+    """Unless `serving.prefill_step_size` says how large it is."""
+    for device, tokens in ((mx.cpu, 256), (mx.gpu, 512)):
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        assert prefill_here() == tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 6, 16])

@@ -9,10 +9,8 @@ from running import QUICK, running
 
 from radiance_mlx.config import Config, load_config
 from radiance_mlx.config.schema import RehearsalSection, ReplaySection
-from radiance_mlx.engine import backend
 from radiance_mlx.engine.asked import Asked
 from radiance_mlx.engine.lasting import Lasting, Lesson
-from radiance_mlx.engine.model import load_base
 from radiance_mlx.engine.rewording import Wordings
 from radiance_mlx.errors import ConfigError
 from radiance_mlx.lora.encoding import ChatEncoder
@@ -229,12 +227,6 @@ def test_mlx_lms_own_loop_has_no_replay(tmp_path):
 
 
 # --- what is prepared, without a service ---------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nano():
-    backend.select("cpu", Config().memory)
-    return load_base(Config(), cpu=True)
 
 
 #: so many have all three of nano's wordings of what `facts` asks among them

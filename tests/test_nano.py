@@ -5,9 +5,7 @@ import random
 import mlx.core as mx
 import pytest
 
-from radiance_mlx.config import Config, load_config
-from radiance_mlx.engine import backend
-from radiance_mlx.engine.model import load_base
+from radiance_mlx.config import load_config
 from radiance_mlx.lora.encoding import ChatEncoder
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.targets import find_targets
@@ -18,9 +16,8 @@ from radiance_mlx.models.nano import world
 
 
 @pytest.fixture(scope="module")
-def base():
-    backend.select("cpu", Config().memory)
-    return load_base(Config(), cpu=True)
+def base(nano):
+    return nano
 
 
 def share_right(base, pairs, module=None):

@@ -15,6 +15,7 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBat
 from mlx_lm.models.cache import BatchKVCache
 
 from .. import blas
+from .products import use_all_threads
 
 #: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
 GROWTH = 64
@@ -147,7 +148,7 @@ class JoiningGenerator(BatchGenerator):
         self._join()
         if self._currently_processing:
             # shorter parts are padded to the longest, so that this is the most that one pass computes
-            blas.use()
+            use_all_threads()
             width = max(1, self.prefill_step_size // len(self._currently_processing))
             self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
             self._join()

@@ -9,16 +9,19 @@ import mlx.nn as nn
 
 from .. import blas
 
+#: threads of OpenBLAS with which it was measured
+MEASURED = (1, 2)
+
 
 def transpose_here() -> bool:
     """Whether the default device multiplies faster by transposed weights."""
-    return blas.threads() > 0 and mx.default_device() == mx.cpu
+    return blas.threads() in MEASURED and mx.default_device() == mx.cpu
 
 
 def transpose_weights(model: nn.Module) -> None:
-    """Let the weights of all plain linears of `model`, and its embedding where that is the head, lie transposed.
+    """Let the weights of all plain linears of `model` lie transposed, and of its embeddings those that may be the head.
 
-    One at a time, so that no more than one of them is there twice.
+    Those are all whose shape no linear has. One at a time, so that no more than one of them is there twice.
     """
     linears = [m for m in model.modules() if type(m) is nn.Linear]
     embeddings = [m for m in model.modules() if type(m) is nn.Embedding]

@@ -35,6 +35,16 @@ def threads_here(rows: int) -> int:
     return 1 if fewest <= rows <= most else 0
 
 
+def use_all_threads() -> None:
+    """Have what is evaluated from now on computed by all threads of OpenBLAS.
+
+    A decoding step that still computes was made for fewer: it is waited for.
+    """
+    if blas.used() != blas.threads():
+        mx.synchronize()
+        blas.use()
+
+
 def pad_rows(tree: nn.Module, grain: int) -> None:
     """Have all plain linears of `tree`, and its embedding where that is the head, pad their rows to `grain`.
 

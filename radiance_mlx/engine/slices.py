@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
-from .. import blas
 from ..errors import RadianceError
 from ..lora.step import Piece
+from .products import use_all_threads
 
 #: of the time that is left, what a group of pieces is to take: some take longer than those before them
 AIM = 0.8
@@ -22,13 +22,13 @@ class Slices:
 
     def run(self, seconds: float) -> bool:
         """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises."""
-        blas.use()
         ends = time.perf_counter() + seconds
         while True:
             self._check()
             started = time.perf_counter()
             wanted = max(1, int(AIM * (ends - started) / self._s_per_piece))
             group, finished = self._take(wanted)
+            use_all_threads()
             mx.eval([piece.arrays for piece in group])
             now = time.perf_counter()
             if any(piece.arrays for piece in group):
