@@ -185,10 +185,11 @@ def many_adapters(bench: Bench) -> Figures:
         folders = [str(bench.adapter(i)) for i in range(len(bench.adapters))]
         ours.load(8, bench.prompts, 4, adapters=bench.adapters)  # each has been there once
         theirs.load(8, bench.prompts, 4, adapters=folders)
-        for count in (1, 4, 8):
-            ways: list[Way] = [("ours", ours, bench.adapters[:count]), ("mlx-lm", theirs, folders[:count])]
-            for who, figures in in_turns(bench, ways, 8, rounds=2).items():
-                found[who][f"{count} adapters"] = figures
+        ways: list[Way] = [(f"ours {count} adapters", ours, bench.adapters[:count]) for count in (1, 4, 8)]
+        ways += [(f"mlx-lm {count} adapters", theirs, folders[:count]) for count in (1, 4, 8)]
+        for name, figures in in_turns(bench, ways, 8, rounds=max(2, bench.rounds // 2)).items():
+            who, _, what = name.partition(" ")
+            found[who][what] = figures
     return found
 
 
