@@ -125,13 +125,17 @@ def test_a_home_that_cannot_be_used_is_told_as_such(tmp_path: Path) -> None:
         assert not isinstance(caught.value, HomeLocked)
 
 
+def from_before(migration: str, home: Path, clock: Clock) -> sqlite3.Connection:
+    """The database of a new `home` as it was before that migration."""
+    (home / "state").mkdir()
+    path = home / "state" / "radiance.db"
+    Database(path, clock, MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index(migration)]).close()
+    return sqlite3.connect(path)
+
+
 def test_a_database_from_before_reconsolidations_goes_on(tmp_path: Path, clock: Clock) -> None:
     """Its jobs are updates, its checkpoints came of them."""
-    (tmp_path / "state").mkdir()
-    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("tell_reconsolidations")]
-    path = tmp_path / "state" / "radiance.db"
-    Database(path, clock, steps).close()
-    raw = sqlite3.connect(path)
+    raw = from_before("tell_reconsolidations", tmp_path, clock)
     raw.execute(
         """INSERT INTO jobs (number, job_id, state, created, updated, tags, example_count, body_hash)
            VALUES (1, 'job_000001', 'published', 7, 7, '[]', 0, 'h')"""
@@ -151,11 +155,7 @@ def test_a_database_from_before_reconsolidations_goes_on(tmp_path: Path, clock: 
 
 def test_events_of_a_job_are_found_without_reading_the_journal(tmp_path: Path, clock: Clock) -> None:
     """Also those from before events were indexed by job; and the examples of a file were called rows."""
-    (tmp_path / "state").mkdir()
-    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("index_events_by_job")]
-    path = tmp_path / "state" / "radiance.db"
-    Database(path, clock, steps).close()
-    raw = sqlite3.connect(path)
+    raw = from_before("index_events_by_job", tmp_path, clock)
     raw.executemany(
         "INSERT INTO events (at, kind, data) VALUES (7, 'progress', ?)",
         [(f'{{"jobs": ["job_{i % 1000:06d}", "job_{i % 1000:06d}"], "i": {i}}}',) for i in range(5000)],
@@ -183,11 +183,7 @@ def test_what_happened_is_found_without_reading_the_progress_of_training(
     tmp_path: Path, clock: Clock, kinds: list[str]
 ) -> None:
     """Also in a database from before events were indexed by kind."""
-    (tmp_path / "state").mkdir()
-    steps = MIGRATIONS[: [step.__name__ for step in MIGRATIONS].index("index_events_by_kind")]
-    path = tmp_path / "state" / "radiance.db"
-    Database(path, clock, steps).close()
-    raw = sqlite3.connect(path)
+    raw = from_before("index_events_by_kind", tmp_path, clock)
     raw.execute("INSERT INTO events (at, kind, data) VALUES (7, 'rollback', '{}')")
     raw.executemany("INSERT INTO events (at, kind, data) VALUES (7, ?, '{}')", [("progress",)] * 20_000)
     raw.commit()
