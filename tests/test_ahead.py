@@ -95,7 +95,7 @@ def test_requests_measuring_and_a_cancelled_update_do_not_wait_for_it(tmp_path):
         def counted(engine):
             ask, draw = engine._ahead.slice, engine._decoder.step
             engine._ahead.slice = lambda seconds: turns.append("ask") or ask(seconds)
-            engine._decoder.step = lambda: turns.append("draw") or draw()
+            engine._decoder.step = lambda **how: turns.append("draw") or draw(**how)
 
         service.engine(counted)
         service.ask(FACTS[0][0], max_tokens=12)

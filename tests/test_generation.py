@@ -113,13 +113,13 @@ def test_a_pass_over_prompts_is_smaller_on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1, 6, 16])
 def test_no_pass_computes_more_than_a_part(model, expected, chunk):
-    """However many prompts come at once, padding included; so nobody waits longer for many than for one."""
+    """However many prompts come at once, padding included; but for a quarter, if that makes a pass less."""
     counted = Counted(model)
     options = {"prefill_batch_size": len(PROMPTS), "prefill_step_size": chunk}
     said = play(JoiningGenerator, counted, [(0, i) for i in range(len(PROMPTS))], **options)
     assert [said[i] for i in range(len(PROMPTS))] == expected
     parts = [rows * length for rows, length in counted.calls if length > 1]
-    assert max(parts, default=1) <= max(chunk, len(PROMPTS))
+    assert max(parts, default=1) <= max(1.25 * chunk, len(PROMPTS))
 
 
 def test_newcomers_cost_no_pass_of_their_own(model):

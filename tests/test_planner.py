@@ -1,5 +1,7 @@
 """The planner's division of time, and seats in the bank: plain values, no arrays, no clock."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,25 +9,25 @@ from radiance_mlx.engine.planner import Action, Load, Planner
 from radiance_mlx.engine.slots import Slots
 
 
-def simulate(share, steps, *, generate_s=0.02, slice_s=0.05):
-    """Time of each side while both always have work."""
+def simulate(share, steps, *, generate_s=0.02, slice_s=0.05, decoding=3):
+    """Time of each side while both always have work; of three requests, so many decode and the others wait to."""
     planner = Planner(share)
-    spent = {Action.GENERATE: 0.0, Action.BACKGROUND: 0.0}
+    spent = dict.fromkeys(Action, 0.0)
     for _ in range(steps):
-        action = planner.next(Load(requests=3, background=True))
-        seconds = generate_s if action is Action.GENERATE else slice_s
+        action = planner.next(Load(requests=3, decoding=decoding, background=True))
+        seconds = slice_s if action is Action.BACKGROUND else generate_s
         planner.charge(action, seconds)
         spent[action] += seconds
     return spent
 
 
-@given(st.floats(0.05, 0.95), st.floats(0.001, 0.2), st.floats(0.001, 0.2))
-def test_with_requests_training_gets_its_share_of_the_time(share, generate_s, slice_s):
+@given(st.floats(0.05, 0.95), st.floats(0.001, 0.2), st.floats(0.001, 0.2), st.sampled_from([0, 2, 3]))
+def test_with_requests_training_gets_its_share_of_the_time(share, generate_s, slice_s, decoding):
     """Whatever single actions cost, the split of time approaches `share`."""
-    spent = simulate(share, 4000, generate_s=generate_s, slice_s=slice_s)
+    spent = simulate(share, 4000, generate_s=generate_s, slice_s=slice_s, decoding=decoding)
     total = sum(spent.values())
-    # neither side can be further off than one action of the other's length
-    slack = (generate_s / (1 - share) + slice_s / share) / total
+    # neither side can be further off than one action of the other's length, or two where newcomers go first
+    slack = (2 * generate_s / (1 - share) + slice_s / share) / total
     assert abs(spent[Action.BACKGROUND] / total - share) <= slack
 
 
@@ -33,7 +35,7 @@ def test_without_requests_training_gets_everything():
     """An idle service trains without a pause."""
     planner = Planner(0.5)
     for _ in range(5):
-        assert planner.next(Load(0, True)) is Action.BACKGROUND
+        assert planner.next(Load(0, 0, True)) is Action.BACKGROUND
         planner.charge(Action.BACKGROUND, 1.0)
 
 
@@ -41,31 +43,62 @@ def test_without_training_requests_get_everything_and_nothing_to_do_waits():
     """Each side alone has the whole engine."""
     planner = Planner(0.5)
     for _ in range(5):
-        assert planner.next(Load(1, False)) is Action.GENERATE
+        assert planner.next(Load(1, 1, False)) is Action.GENERATE
         planner.charge(Action.GENERATE, 1.0)
-    assert planner.next(Load(0, False)) is Action.WAIT
+    assert planner.next(Load(0, 0, False)) is Action.WAIT
 
 
 def test_a_request_that_comes_while_it_trains_is_served_at_once():
     """Training alone earns no claim, and the slice it was in is paid back."""
     planner = Planner(0.9)
     for _ in range(100):
-        planner.charge(planner.next(Load(0, True)), 0.05)
-    assert planner.next(Load(1, True)) is Action.GENERATE
+        planner.charge(planner.next(Load(0, 0, True)), 0.05)
+    assert planner.next(Load(1, 1, True)) is Action.GENERATE
 
 
 def test_training_that_begins_does_not_collect_for_the_past():
     """Hours of answering before a job do not let it block answers afterwards."""
     planner = Planner(0.5)
     for _ in range(1000):
-        planner.charge(planner.next(Load(1, False)), 1.0)
-    planner.charge(planner.next(Load(1, True)), 0.02)
+        planner.charge(planner.next(Load(1, 1, False)), 1.0)
+    planner.charge(planner.next(Load(1, 1, True)), 0.02)
     actions = []
     for _ in range(6):
-        action = planner.next(Load(1, True))
+        action = planner.next(Load(1, 1, True))
         planner.charge(action, 0.02)
         actions.append(action)
     assert actions.count(Action.BACKGROUND) == 3
+
+
+@given(st.floats(0.05, 0.95), st.lists(st.floats(0.001, 0.2), min_size=60, max_size=60))
+def test_who_decodes_waits_for_a_slice_or_for_newcomers_never_for_both(share, seconds):
+    """With newcomers all the time: after a slice come the next tokens alone, and training has its part even so."""
+    planner, actions = Planner(share), []
+    for each in seconds:
+        actions.append(planner.next(Load(3, 2, True)))
+        planner.charge(actions[-1], each)
+    for before, after in itertools.pairwise(actions):
+        if before is Action.BACKGROUND:
+            assert after is not Action.GENERATE
+    # a slice that is due comes at the latest after one step with newcomers: no more of those in a row than are paid for
+    owed = 0.0
+    for action, each in zip(actions, seconds, strict=True):
+        if action is Action.BACKGROUND:
+            owed -= each
+        else:
+            assert owed <= (max(seconds) * 2) * share / (1 - share) + 1e-9
+            owed += each * share / (1 - share)
+
+
+def test_newcomers_do_not_wait_for_a_slice_where_nobody_decodes():
+    """Their prompts come right after the one that was under way; and with nobody new, steps are for all as ever."""
+    planner = Planner(0.5)
+    planner.next(Load(0, 0, True))
+    planner.charge(Action.BACKGROUND, 0.05)
+    assert planner.next(Load(2, 0, True)) is Action.GENERATE
+    planner.charge(Action.GENERATE, 0.05)
+    planner.charge(planner.next(Load(2, 2, True)), 0.05)
+    assert planner.next(Load(2, 2, True)) is Action.GENERATE
 
 
 def test_a_seat_in_use_is_not_taken():

@@ -132,6 +132,7 @@ class TrainingSection(Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     save_every_s: Duration = 30.0
     prefix_cache_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 256
+    halves: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     distributed: Annotated[Literal["off", "auto", "ring", "jaccl"], BeforeValidator(_off_is_a_word)] = "off"
     # last: their validators ask for the keys above
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -286,6 +287,7 @@ class ServingSection(Section):
     transpose: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     decode_threads: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     pad_rows: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
+    halves: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
 
 
 class MemorySection(Section):

@@ -106,6 +106,11 @@ class Engine:
 
     # --- requests --------------------------------------------------------------------------------
 
+    @property
+    def requests(self) -> int:
+        """How many there are, active or waiting."""
+        return self._decoder.load
+
     def submit(self, number: int, request: Generate, sink: Sink) -> None:
         """Take a request; its pieces and its end go to `sink`."""
         self._decoder.submit(number, request, sink)
@@ -252,7 +257,7 @@ class Engine:
         """Do one thing; False if there was nothing to do."""
         requests = self._decoder.load
         background = self._task is not None or self._fused.pending or (self._ahead.pending and not requests)
-        action = self._planner.next(Load(requests, background))
+        action = self._planner.next(Load(requests, self._decoder.decoding, background))
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
@@ -263,16 +268,16 @@ class Engine:
     def _act(self, action: Action) -> None:
         """A bug ends what it hit, all requests or the batch in training, and nothing else."""
         try:
-            if action is Action.GENERATE:
-                self._decoder.step()
-            else:
+            if action is Action.BACKGROUND:
                 self._background()
+            else:
+                self._decoder.step(newcomers=action is Action.GENERATE)
         except Exception as error:
             log.exception("the engine failed in a step")
-            if action is Action.GENERATE:
-                self._decoder.fail_all(InternalError.of(error))
-            else:
+            if action is Action.BACKGROUND:
                 self._finish(InternalError.of(error))
+            else:
+                self._decoder.fail_all(InternalError.of(error))
 
     def _background(self) -> None:
         task, seconds = self._task, self._config.training.slice_ms / 1000

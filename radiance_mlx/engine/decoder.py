@@ -19,6 +19,7 @@ from ..config.schema import MemorySection, ServingSection
 from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
+from ..lora.halves import halves_here
 from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
 from .generation import JoiningGenerator, prefill_here
@@ -103,6 +104,7 @@ class Decoder:
             prefill_batch_size=min(8, self._batch),
             prefill_step_size=self._serving.prefill_step_size or prefill_here(),
             threads_for=threads_here if self._serving.decode_threads == "auto" else lambda rows: 0,
+            halved=self._serving.halves == "auto" and halves_here(),
             stream=mx.default_stream(mx.default_device()),
         )
         if not self._memory.wired:
@@ -115,6 +117,11 @@ class Decoder:
     def load(self) -> int:
         """Requests active or waiting."""
         return len(self._waiting) + len(self._active)
+
+    @property
+    def decoding(self) -> int:
+        """Requests whose prompts are computed."""
+        return self._generator.decoding
 
     def submit(self, number: int, request: Generate, sink: Sink) -> None:
         """Take a request; every fault goes to its sink."""
@@ -192,13 +199,13 @@ class Decoder:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Admit, prefill, draw. A fault in the model ends the requests it hit, not the engine."""
-        self._admit()
+    def step(self, *, newcomers: bool = True) -> None:
+        """Admit, prefill, draw; without `newcomers` draw only. A fault in the model ends the requests it hit."""
+        if newcomers:
+            self._admit()
         if not self._active:
             return
-        _, responses = self._generator.next()
-        for response in responses:
+        for response in self._generator.next()[1] if newcomers else self._generator.decode():
             sequence = self._active.get(response.uid)
             if sequence is not None:
                 self._advance(response, sequence)

@@ -15,12 +15,15 @@ from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBat
 from mlx_lm.models.cache import BatchKVCache
 
 from .. import blas
-from .products import use_all_threads
+from ..lora.halves import streams
+from .products import use_threads
 
 #: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
 GROWTH = 64
-
-
+#: of a pass over prompts, padding included; of fewer, halves are no faster
+WORTH_HALVING = 128
+#: than what was wished for, a pass may be, if that makes one less
+WIDER = 1.25
 #: prompt tokens in a pass. On the CPU, more are slower (attention's memory) and a longer wait for everybody else
 PREFILL, PREFILL_CPU = 512, 256
 
@@ -37,17 +40,25 @@ class JoiningBatch(GenerationBatch):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._fresh: list[bool] = []
+        self._joined = False  # whether what is read next is somebody's first token
+        self._put_off = mx.default_device() == mx.cpu
         super().__init__(*args, **kwargs)
         self._fresh = [True] * len(self.uids)
 
     def _step(self) -> tuple[list[int], list[mx.array]]:
-        """Start on the next tokens, then read those that were started before: (tokens, no log-probabilities)."""
+        """Start on the next tokens, then read those that were started before: (tokens, no log-probabilities).
+
+        On the CPU, MLX goes on from a start only when most of it is computed: somebody's first token is read before.
+        """
         if len(self._fresh) < len(self.uids):  # under construction: the first step is everybody's next one
             return [], []
+        mx.async_eval(self._next_tokens)  # if that was put off
         inputs = self._next_tokens
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self._next_tokens = self.fallback_sampler(logits)
-        mx.async_eval(self._next_tokens)
+        if not (self._put_off and self._joined):
+            mx.async_eval(self._next_tokens)
+        self._joined = any(self._fresh)
         read = inputs.tolist()
         for tokens, token in zip(self.tokens, read, strict=True):
             tokens.append(token)
@@ -94,7 +105,9 @@ class JoiningBatch(GenerationBatch):
 
 
 class JoiningPrompts(PromptProcessingBatch):
-    """The sequences whose prompts are being computed."""
+    """The sequences whose prompts are being computed; with `halved` those of one pass in halves, where it pays."""
+
+    halved = False
 
     uids: list[int]
     prompt_cache: list[Any]
@@ -103,6 +116,43 @@ class JoiningPrompts(PromptProcessingBatch):
     logits_processors: list[Any]
     stop_sequences: list[Any]
     max_tokens: list[int]
+
+    def prompt(self, tokens: list[list[int]]) -> None:
+        """Compute the next tokens of each sequence."""
+        if not tokens:
+            return
+        middle = len(tokens) // 2
+        if not self.halved or not middle or len(tokens) * max(map(len, tokens)) < WORTH_HALVING:
+            use_threads()
+            mx.eval(self._begin(tokens))
+        else:
+            use_threads(1)
+            other, (own, more) = self.split(list(range(middle, len(tokens)))), streams()
+            with mx.stream(own):
+                mine = self._begin(tokens[:middle])
+            with mx.stream(more):
+                others = other._begin(tokens[middle:])
+            for states in zip(mine, others, strict=True):
+                mx.async_eval(states)
+            mx.eval(mine, others)
+            self.extend(other)
+        mx.clear_cache()
+
+    def _begin(self, tokens: list[list[int]]) -> list[Any]:
+        """The states of the prompt cache after `tokens`, of which the longest are not more than fit; not evaluated."""
+        for known, more in zip(self.tokens, tokens, strict=True):
+            known += more
+        lengths = [len(part) for part in tokens]
+        padding = [max(lengths) - length for length in lengths]
+        if any(padding):  # to the right: afterwards the caches turn it to the left
+            tokens = [[*part, *[0] * more] for part, more in zip(tokens, padding, strict=True)]
+            for cache in self.prompt_cache:
+                cache.prepare(lengths=lengths, right_padding=padding)
+        self.model(mx.array(tokens), cache=self.prompt_cache)
+        if any(padding):
+            for cache in self.prompt_cache:
+                cache.finalize()
+        return [cache.state for cache in self.prompt_cache]
 
     def hand_over(self, indices: Sequence[int], last: list[list[int]]) -> JoiningBatch:
         """The sequences at `indices`, whose prompts are done but for the token in `last`, and no longer here."""
@@ -133,12 +183,28 @@ class JoiningGenerator(BatchGenerator):
 
     _currently_processing: list[list[Any]]
 
-    def __init__(self, *args: Any, threads_for: Callable[[int], int] = lambda rows: 0, **kwargs: Any) -> None:
-        """As mlx-lm's; `threads_for` tells how many threads of OpenBLAS decode so many rows, 0: all."""
+    def __init__(
+        self, *args: Any, threads_for: Callable[[int], int] = lambda rows: 0, halved: bool = False, **kwargs: Any
+    ) -> None:
+        """As mlx-lm's; `threads_for` tells how many threads of OpenBLAS decode so many rows, 0: all.
+
+        With `halved` prompts of one pass are computed in `halves`, where that pays.
+        """
         super().__init__(*args, **kwargs)
         self._threads_for = threads_for
         self._prompt_batch = JoiningPrompts.empty(self.model, self.sampler, self.prefill_step_size)
+        self._prompt_batch.halved = halved
         self._generation_batch = JoiningBatch.empty(self.model, self.sampler)
+
+    @property
+    def decoding(self) -> int:
+        """Sequences whose prompts are computed."""
+        return len(self._generation_batch)
+
+    def decode(self) -> list[GenerationBatch.Response]:
+        """As `next`, for those alone that are `decoding`: prompts stay where they are."""
+        with mx.stream(self._stream):
+            return self._decode()
 
     def _next(self) -> tuple[list[Any], list[GenerationBatch.Response]]:
         room = self.completion_batch_size - len(self._generation_batch)
@@ -147,13 +213,23 @@ class JoiningGenerator(BatchGenerator):
             self._prompt_batch.extend(self._make_batch(new))
         self._join()
         if self._currently_processing:
-            # shorter parts are padded to the longest, so that this is the most that one pass computes
-            use_all_threads()
-            width = max(1, self.prefill_step_size // len(self._currently_processing))
+            width = self._width([len(segments[0]) for segments, *_ in self._currently_processing])
             self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
             self._join()
+        return [], self._decode()
+
+    def _width(self, lengths: list[int]) -> int:
+        """Tokens that the next pass takes of each prompt, of which so many are left.
+
+        Shorter parts are padded to the longest. Passes are as wide as each other, and a quarter wider than was wished
+        rather than one more: a pass for what little is left reads all weights once more.
+        """
+        most = max(1, int(WIDER * self.prefill_step_size) // len(lengths))
+        return -(-max(lengths) // -(-max(lengths) // most))
+
+    def _decode(self) -> list[GenerationBatch.Response]:
         blas.use(self._threads_for(len(self._generation_batch)))
-        return [], self._generation_batch.next()
+        return self._generation_batch.next()
 
     def _make_batch(self, n: int) -> PromptProcessingBatch:
         batch = super()._make_batch(n)

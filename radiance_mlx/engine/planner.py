@@ -3,6 +3,10 @@
 With requests active, background work (training, evaluation) gets `share` of the engine's time; with none, all
 of it. The account starts anew whenever one of the two sides becomes idle, so nobody saves up a claim, and a
 slice that took long is paid back before the next one.
+
+Whoever decodes waits for one thing at a time: a slice, or the prompts of those who join, never both between two
+tokens. After a slice comes a step without newcomers, and before one a step with them, if there are any; each
+step with newcomers lets a slice come next that is due, so that prompts without end do not keep training waiting.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ class Action(Enum):
     """One engine step."""
 
     GENERATE = "generate"  # admit, prefill and decode
+    DECODE = "decode"  # the next tokens of those who decode, and nothing else
     BACKGROUND = "background"  # a slice of training or evaluation
     WAIT = "wait"
 
@@ -21,7 +26,8 @@ class Action(Enum):
 class Load:
     """What there is to do."""
 
-    requests: int  # active or waiting
+    requests: int  # in all: waiting, joining or decoding
+    decoding: int  # of these, those who have their first token
     background: bool
 
 
@@ -32,21 +38,31 @@ class Planner:
         self._share = share
         self._owed = 0.0  # seconds of background work that the account allows; negative: paid back first
         self._contended = False
+        self._last = Action.WAIT
+        self._joined = False  # whether the last action was for newcomers, too
 
     def next(self, load: Load) -> Action:
         """The action for this load."""
+        action = self._next(load)
+        self._last, self._joined = action, action is Action.GENERATE and load.decoding < load.requests
+        return action
+
+    def _next(self, load: Load) -> Action:
         self._contended = load.requests > 0 and load.background
         if not self._contended:
             self._owed = 0.0
-        if load.requests == 0:
-            return Action.BACKGROUND if load.background else Action.WAIT
-        return Action.BACKGROUND if self._contended and self._owed > 0 else Action.GENERATE
+            return Action.GENERATE if load.requests else Action.BACKGROUND if load.background else Action.WAIT
+        kept_waiting = load.decoding and load.decoding < load.requests  # by newcomers
+        sliced = self._last is Action.BACKGROUND
+        if self._owed > 0 and (sliced or self._joined or not kept_waiting):
+            return Action.BACKGROUND
+        return Action.DECODE if sliced and kept_waiting else Action.GENERATE
 
     def charge(self, action: Action, seconds: float) -> None:
         """Tell how long the last action took."""
         if not self._contended:
             return
-        if action is Action.GENERATE:
-            self._owed += seconds * self._share / (1.0 - self._share)
-        elif action is Action.BACKGROUND:
+        if action is Action.BACKGROUND:
             self._owed -= seconds
+        elif action is not Action.WAIT:
+            self._owed += seconds * self._share / (1.0 - self._share)

@@ -258,7 +258,7 @@ class Preparation:
         lora, targets = self._config.lora, self._targets
         made_of: dict[str, Any] = {"rank": lora.r, "scale": lora.scale, "dropout": lora.dropout}
         made_of |= {"paths": targets.paths, "keys": targets.keys, "num_layers": targets.num_layers}
-        made_of["grad_checkpoint"] = self._settings.grad_checkpoint
+        made_of |= {"grad_checkpoint": self._settings.grad_checkpoint, "halves": self._settings.halves}
         self.notes.append(f"trained on {self._ranks.size} machines")
         return partial(self._ranks.gradients, made_of)
 

@@ -35,14 +35,14 @@ def threads_here(rows: int) -> int:
     return 1 if fewest <= rows <= most else 0
 
 
-def use_all_threads() -> None:
-    """Have what is evaluated from now on computed by all threads of OpenBLAS.
+def use_threads(count: int = 0) -> None:
+    """Have what is evaluated from now on computed by so many threads of OpenBLAS, 0: by all.
 
-    A decoding step that still computes was made for fewer: it is waited for.
+    A decoding step that still computes was made for another number: it is waited for.
     """
-    if blas.used() != blas.threads():
+    if blas.used() != (count or blas.threads()):
         mx.synchronize()
-        blas.use()
+        blas.use(count)
 
 
 def pad_rows(tree: nn.Module, grain: int) -> None:

@@ -36,7 +36,8 @@ LONG_PROMPT = 8_000
 STATUS_S = 0.2
 #: between two looks at whether what waits for its turn is still wished for
 WISH_S = 0.1
-GATHER_S = 0.001
+#: after a pause, how long to wait for another request with the first; and where the last ones came together, too
+GATHER_S, GATHER_MORE_S = 0.001, 0.004
 
 
 class EngineThread:
@@ -292,10 +293,11 @@ class EngineThread:
         self._beat = time.monotonic()
         self.status = engine.status()
         self._loop.call_soon_threadsafe(self._live, engine.facts, engine.prompt_encoder())
-        busy, told = False, self._beat
+        busy, told, together = False, self._beat, 0
         while not self._stopping.is_set():
             self._beat = time.monotonic()
-            self._drain(engine, block=not busy)
+            self._drain(engine, block=not busy, gather_s=GATHER_MORE_S if together > 1 else GATHER_S)
+            together = max(engine.requests, together if busy or not engine.requests else 0)
             busy = engine.step()
             self._flush()
             if not busy or self._beat - told >= STATUS_S:
@@ -308,10 +310,10 @@ class EngineThread:
         self._flush()
         self._loop.call_soon_threadsafe(self._die, None)
 
-    def _drain(self, engine: "Engine", *, block: bool) -> None:
+    def _drain(self, engine: "Engine", *, block: bool, gather_s: float) -> None:
         """Run the tasks that wait; with `block`, wait for one (a second at most: the beat goes on).
 
-        After a pause, wait a moment longer for what comes with the first: requests that are prefilled together
+        After a pause, wait `gather_s` longer for what comes with the first: requests that are prefilled together
         share all their steps, and one that comes a step later costs two passes over the weights.
         """
         try:
@@ -319,7 +321,7 @@ class EngineThread:
             while True:
                 if task is not None:
                     task(engine)
-                task = self._inbox.get(block, GATHER_S) if block else self._inbox.get_nowait()
+                task = self._inbox.get(block, gather_s) if block else self._inbox.get_nowait()
         except queue.Empty:
             return
 

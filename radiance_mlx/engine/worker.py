@@ -5,12 +5,14 @@ It ends when rank 0 does, or loses one of the others; there is nothing here to b
 
 import json
 import logging
+import math
 from typing import Any
 
 import mlx.core as mx
 
 from ..config import Config
 from ..errors import ConfigError, RankLost
+from ..lora.halves import halves_here
 from ..lora.head import install_head
 from ..lora.ranks import Wire, own_part, split_up
 from ..lora.step import LossFunction, MicroBatch
@@ -18,6 +20,7 @@ from ..lora.targets import Targets
 from ..lora.tree import make_tree
 from . import backend as backends
 from .model import BaseModel, load_base
+from .slices import Slices
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +66,8 @@ class _Steps:
         pairs = arrays[1 : 1 + 2 * count]
         batches = list(zip(pairs[::2], pairs[1::2], strict=True))
         part: list[mx.array] = []
-        for piece in own_part(micro, batches, arrays[1 + 2 * count :], (wire.rank, wire.size), part):
-            mx.eval(piece.arrays)
+        pieces = own_part(micro, batches, arrays[1 + 2 * count :], (wire.rank, wire.size), part)
+        Slices(pieces, lambda: None).run(math.inf)
         wire.sum(part[0])
 
     def _prepared(self, lora: dict[str, Any]) -> MicroBatch:
@@ -74,5 +77,6 @@ class _Steps:
             options = {name: lora[name] for name in ("rank", "scale", "dropout", "grad_checkpoint")}
             tree = make_tree(self._base.module, targets, seed=0, **options)
             head = install_head(tree.module, self._base.vocab_size, narrow=not lora["grad_checkpoint"])
-            self._micro, self._made_as = MicroBatch(tree, LossFunction(tree, head)), made_as
+            halved = lora["halves"] == "auto" and halves_here()
+            self._micro, self._made_as = MicroBatch(tree, LossFunction(tree, head), halved=halved), made_as
         return self._micro

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
 from .batches import Batch, target_positions
+from .halves import in_halves, streams
 from .head import TargetRows
 from .head_loss import CROSS_ENTROPY, RowLoss, head_losses
 from .tree import TrainingTree
@@ -26,12 +27,14 @@ from .tree import TrainingTree
 class Piece:
     """Arrays to evaluate together. What follows a `barrier` piece is asked for once they have been evaluated.
 
-    With `pause` it is asked for in a slice of its own: it takes long, and cannot be cut.
+    With `pause` it is asked for in a slice of its own: it takes long, and cannot be cut. `threads` of OpenBLAS divide
+    each of its products, 0: all.
     """
 
     arrays: list[mx.array]
     barrier: bool = False
     pause: bool = False
+    threads: int = 0
 
 
 @dataclass
@@ -125,15 +128,22 @@ class MicroBatch:
     """Builds and cuts the graph of one micro-batch.
 
     `loss` is called with the module and all that a batch consists of; it gives the loss and the number of targets.
-    With `seen_often` the tree's prefix is used, if it has one: what is computed for it pays when rows come again.
+    The loss is a mean over these, or with `summed` a sum. With `seen_often` the tree's prefix is used, if it has one:
+    what is computed for it pays when rows come again. With `halved` it is computed in `halves`.
     """
 
     def __init__(
-        self, tree: TrainingTree, loss: Callable[..., tuple[mx.array, Any]], *, seen_often: bool = True
+        self,
+        tree: TrainingTree,
+        loss: Callable[..., tuple[mx.array, Any]],
+        *,
+        summed: bool = False,
+        seen_often: bool = True,
+        halved: bool = False,
     ) -> None:
         self.tree = tree
         self._prefix = tree.prefix if seen_often else None
-        self._loss = loss
+        self._loss, self._summed, self._halved = loss, summed, halved
         self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
 
     def _taped_loss(self, module: nn.Module, *batch: Any) -> tuple[Any, ...]:
@@ -147,19 +157,56 @@ class MicroBatch:
 
         `known` is what the tree's prefix would make of the batch, (rows, length, dims), where that is kept elsewhere.
         """
-        tape = self.tree.tape
         hidden = [] if known is None else [known]
         if self._prefix is not None:
             yield from self._prefix.pieces(batch, hidden)
+        halves = in_halves(batch) if self._halved else []
+        if halves:
+            yield from self._in_halves(halves, key, hidden, result)
+        else:
+            yield from self._cut(batch, key, hidden, result)
+
+    def _in_halves(
+        self, halves: list[tuple[Any, ...]], key: mx.array, hidden: list[mx.array], result: MicroBatchResult
+    ) -> Iterator[Piece]:
+        found = [MicroBatchResult() for _ in halves]
+        middle = halves[0][0].shape[0]
+        begun = [[h[:middle] for h in hidden], [h[middle:] for h in hidden]]
+        runs = []
+        for half, own, start, stream, one in zip(halves, mx.random.split(key), begun, streams(), found, strict=True):
+            with mx.stream(stream):
+                runs.append(self._cut(half, own, start, one))
+        yield from _side_by_side(runs)
+        counts = [int(one.tokens) for one in found]
+        shares = [1.0 if self._summed else count / sum(counts) for count in counts]
+        result.tokens = sum(counts)
+        result.loss = _weighted(shares, [one.loss for one in found])
+        result.grads = {name: _weighted(shares, [one.grads[name] for one in found]) for name in found[0].grads}
+
+    def _cut(
+        self, batch: tuple[Any, ...], key: mx.array, hidden: list[mx.array], result: MicroBatchResult
+    ) -> Iterator[Piece]:
+        """Build the graph at once, on the stream of now; what is given then are its pieces."""
+        tape = self.tree.tape
         with self.tree.forward(key, *hidden):
             (result.loss, result.tokens, outputs), grads = self._value_and_grad(self.tree.module, *batch)
         tape.outputs = []
         result.grads = dict(tree_flatten(grads))
         del grads
-        yield from _one_by_one(outputs, tape.dear)
-        yield Piece([result.loss])
-        for group in reversed(_by_call_order(result.grads, tape.order)):
-            yield Piece(group)
+        groups = reversed(_by_call_order(result.grads, tape.order))
+        ends = [Piece([result.loss]), *map(Piece, groups)]
+        return itertools.chain(_one_by_one(outputs, tape.dear), ends)
+
+
+def _side_by_side(runs: Sequence[Iterator[Piece]]) -> Iterator[Piece]:
+    """The pieces of all runs, those of the same place as one: what each computes, one thread of OpenBLAS does."""
+    for pieces in itertools.zip_longest(*runs, fillvalue=Piece([])):
+        arrays = [array for piece in pieces for array in piece.arrays]
+        yield Piece(arrays, barrier=any(piece.barrier for piece in pieces), threads=1)
+
+
+def _weighted(shares: Sequence[float], values: Sequence[Any]) -> mx.array:
+    return sum((share * value for share, value in zip(shares, values, strict=True)), mx.array(0.0))
 
 
 #: the flat gradient and the loss of one optimizer step

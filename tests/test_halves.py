@@ -1,0 +1,163 @@
+"""Rows in two halves, side by side: the same losses, gradients and answers, whatever the rows are."""
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx_lm.generate import BatchGenerator
+from running import FACTS, QUICK, running
+
+from radiance_mlx import blas
+from radiance_mlx.engine import generation
+from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.slices import Slices
+from radiance_mlx.lora import halves, trainer
+from radiance_mlx.lora.batches import as_batch
+from radiance_mlx.lora.encoding import Encoded
+from radiance_mlx.lora.halves import halves_here, in_halves
+from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.prefix import install_prefix
+from radiance_mlx.lora.rehearsal import Rehearsal, Source, teacher
+from radiance_mlx.lora.targets import find_targets
+from radiance_mlx.lora.trainer import Trainer
+from radiance_mlx.lora.tree import make_tree
+
+DATA = tiny.examples(7)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny.model()
+
+
+@pytest.fixture
+def _any_size_pays(monkeypatch):
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    monkeypatch.setattr(generation, "WORTH_HALVING", 1)
+
+
+def trained(base, monkeypatch, *, halved, slice_s=1.0, layers=-1, rehearsed=False, grad_checkpoint=False, **changes):
+    """A run that is through, and the threads that its pieces were for."""
+    monkeypatch.setattr(trainer, "halves_here", lambda: halved)
+    section = tiny.settings(batch_size=3, max_steps=4, grad_checkpoint=grad_checkpoint, **changes)
+    targets = find_targets(base, ["o_proj", "down_proj"] if layers > 0 else ["q_proj", "v_proj"], layers)
+    options = {"rank": 4, "scale": 2.0, "dropout": 0.0, "seed": 0, "grad_checkpoint": grad_checkpoint}
+    tree = make_tree(base, targets, **options)
+    head = install_head(tree.module, tiny.VOCAB, narrow=not grad_checkpoint)
+    install_prefix(tree, 1000, 2**30 if layers > 0 else 0)
+    rehearsal = None
+    if rehearsed:
+        taught = []
+        tiny.drive(teacher(tree, head, tiny.examples(5, seed=9), taught))
+        rehearsal = Rehearsal([Source(taught)], kl_weight=1.0, rows=3)
+    run, threads = Trainer(tree, head, DATA, section, 1, rehearsal=rehearsal), set()
+
+    def watched():
+        for piece in run.run():
+            threads.add(piece.threads)
+            yield piece
+
+    slices = Slices(watched(), lambda: None)
+    while not slices.run(slice_s):
+        pass
+    return run, threads
+
+
+@pytest.mark.usefixtures("_any_size_pays")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grad_checkpoint": True}, {"layers": 1}, {"rehearsed": True}, {"rehearsed": True, "layers": 1}],
+    ids=["plain", "checkpointed", "prefix", "rehearsed", "rehearsed after a prefix"],
+)
+def test_a_run_in_halves_is_the_run(base, monkeypatch, options):
+    """Losses, divergences, norms and weights of every step, to rounding; odd numbers of rows among them."""
+    whole, threads = trained(base, monkeypatch, halved=False, **options)
+    assert threads == {0}
+    half, threads = trained(base, monkeypatch, halved=True, **options)
+    assert threads == {0, 1}
+    for one, other in zip(half.history.steps, whole.history.steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-6)
+    for name, weight in half.tree.parameters().items():
+        assert mx.allclose(weight, whole.tree.parameters()[name], rtol=1e-2, atol=2e-4), name
+
+
+@pytest.mark.usefixtures("_any_size_pays")
+def test_slices_change_no_bit_of_it(base, monkeypatch):
+    """However the pieces of both halves fall together."""
+    one, other = (trained(base, monkeypatch, halved=True, slice_s=s)[0] for s in (1e-6, 1.0))
+    assert one.history.steps == other.history.steps
+    for name, weight in one.tree.parameters().items():
+        assert mx.array_equal(weight, other.tree.parameters()[name])
+
+
+def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):
+    """A single row; few tokens; a half without a target."""
+    rows = [Encoded(tuple(range(3, 43)), 30), Encoded(tuple(range(3, 43)), 20)]
+    tokens, spans = as_batch(rows)
+    assert in_halves((tokens, spans)) == []  # 80 tokens
+    monkeypatch.setattr(halves, "FEWEST", 2 * 40)
+    parts = in_halves((tokens, spans, mx.arange(30), 30))
+    assert [[x.shape[0] for x in part[:3]] for part in parts] == [[1, 1, 10], [1, 1, 20]]
+    assert mx.concatenate([part[2] for part in parts]).tolist() == list(range(30))
+    assert [part[3] for part in parts] == [30, 30]
+    assert in_halves((tokens[:1], spans[:1])) == []
+
+    nothing = mx.array([[40, 39], [20, 39]])
+    assert in_halves((tokens, nothing)) == []
+
+
+def test_where_it_is_done(monkeypatch):
+    """On the CPU, where OpenBLAS has two threads."""
+    for threads, pays in ((0, False), (1, False), (2, True), (8, False)):
+        monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
+        assert halves_here() is pays
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert not halves_here()
+
+
+class Streams:
+    """A model that notes on which stream, and with how many rows, its prompts are computed."""
+
+    def __init__(self, inner):
+        self.inner, self.layers, self.seen = inner, inner.layers, []
+
+    def __call__(self, tokens, cache):
+        if tokens.shape[1] > 1:
+            self.seen.append((str(mx.default_stream(mx.cpu)), tokens.shape[0]))
+        return self.inner(tokens, cache=cache)
+
+
+def said(kind, model, prompts, **options):
+    """Ten tokens to each, all of them asked at once."""
+    stream = mx.default_stream(mx.default_device())
+    running = kind(model, stream=stream, max_tokens=10, prefill_batch_size=8, **options)
+    return tiny.drain(running, running.insert([list(prompt) for prompt in prompts]))
+
+
+@pytest.mark.usefixtures("_any_size_pays")
+@pytest.mark.parametrize("part", [4, 30, 200])
+def test_prompts_in_halves_are_answered_as_they_are(base, part):
+    """Of several lengths, in passes of any size: keys and values of both halves come together in the right order."""
+    prompts = tiny.prompts(30, 7, 12, 21, 2, seed=4)
+    expected = [said(BatchGenerator, base, [prompt])[0] for prompt in prompts]
+    model = Streams(base)
+    assert said(JoiningGenerator, model, prompts, prefill_step_size=part, halved=True) == expected
+    assert len({stream for stream, _ in model.seen}) == 2
+    whole = Streams(base)
+    assert said(JoiningGenerator, whole, prompts, prefill_step_size=part) == expected
+    assert len({stream for stream, _ in whole.seen}) == 1
+
+
+@pytest.mark.usefixtures("_any_size_pays")
+@pytest.mark.parametrize("wanted", ["auto", "off"])
+def test_the_service_learns_and_answers_by_it(tmp_path, monkeypatch, wanted):
+    """`training.halves` and `serving.halves`: off is off."""
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    used = [0]
+    monkeypatch.setattr(blas, "used", lambda: used[-1] or 2)
+    monkeypatch.setattr(blas, "use", lambda count=0: used.append(count))
+    flags = {**QUICK, "training.max_steps": 30, "training.batch_size": 4, "backend": "cpu"}
+    with running(tmp_path, flags, training__halves=wanted, serving__halves=wanted) as service:
+        service.learn(*FACTS[:4])
+        assert (1 in used) is (wanted == "auto")
+        assert service.ask(FACTS[0][0]).text == FACTS[0][1]
