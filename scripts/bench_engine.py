@@ -64,7 +64,8 @@ from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.lora.bank import AdapterWeights, Bank
 from radiance_mlx.lora.encoding import Encoded
-from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.halves import halves_here
+from radiance_mlx.lora.head import install_head, serve_ends
 from radiance_mlx.lora.targets import Targets, find_targets, input_dims
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import adapter_tree, make_tree
@@ -158,15 +159,17 @@ class Decoding:
             bank.write(slot, adapter)
         self.bank_mb = bank.nbytes / 2**20
         pad_rows(tree, grain_here())
-        self._banked = BankModel(tree, bank.rows)
-        fused = FusedStable(base, bank, "always", lambda: 2**60, grain_here())
+        head = install_head(copy.deepcopy(base), vocab)
+        ends = serve_ends(tree, head)
+        self._banked = BankModel(tree, bank.rows, ends=ends)
+        fused = FusedStable(base, bank, "always", lambda: 2**60, grain_here(), head)
         fused.follow(NAME, lambda: adapters[0])
         while fused.pending:
             fused.slice(1.0)
         if fused.tree is None:  # else the bank would be measured by its name
             raise SystemExit(f"the adapter is not folded: {fused.why_not}")
         self.fused_mb = fused.nbytes / 2**20
-        self._fused = BankModel(tree, bank.rows, fused)
+        self._fused = BankModel(tree, bank.rows, fused, ends)
         self._plain, self._adapted = model, adapter_tree(model, adapters[0]).module
         for layer in self._adapted.modules():
             if isinstance(layer, LoRALinear):
@@ -191,7 +194,9 @@ class Decoding:
 
     def _ours(self, model: BankModel, slots: Sequence[int], tokens: int) -> float:
         stream = mx.default_stream(mx.default_device())
-        generator = JoiningGenerator(model, stream=stream, sampler=RowSampler(model), threads_for=threads_here)
+        generator = JoiningGenerator(
+            model, stream=stream, sampler=RowSampler(model), threads_for=threads_here, halved=halves_here()
+        )
         caches = [model.new_cache(RowState(slot, 0.0, 1.0, 0, NAME if slot else None)) for slot in slots]
         return decode_rate(generator, len(caches), tokens, self._vocab, caches)
 

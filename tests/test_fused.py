@@ -1,5 +1,6 @@
 """`serving.fuse`: the stable checkpoint in weights of its own answers what the bank answers."""
 
+import copy
 import logging
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from radiance_mlx.engine.fusing import folded_bytes
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowState
 from radiance_mlx.errors import CheckpointDamaged
 from radiance_mlx.lora.bank import AdapterWeights, Bank
+from radiance_mlx.lora.head import install_head, serve_ends
 from radiance_mlx.lora.targets import find_targets
 
 NAME = "A_2026-02-09_0001"
@@ -30,8 +32,9 @@ class Served:
         self.adapters = [tiny.random_adapter(self.base, self.targets, seed=seed) for seed in (1, 2)]
         for slot, weights in enumerate(self.adapters, 1):
             self.bank.write(slot, weights)
-        self.fused = FusedStable(self.base, self.bank, mode, lambda: room)
-        self.model = BankModel(self.tree, self.bank.rows, self.fused)
+        head = install_head(copy.deepcopy(self.base), tiny.VOCAB)
+        self.fused = FusedStable(self.base, self.bank, mode, lambda: room, ends=head)
+        self.model = BankModel(self.tree, self.bank.rows, self.fused, serve_ends(self.tree, head))
 
     def fold(self, seconds=10.0):
         self.fused.follow(NAME, lambda: self.adapters[0])

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator
 
 from radiance_mlx.engine.generation import JoiningGenerator, prefill_here
+from radiance_mlx.engine.rows import BankModel
+from radiance_mlx.lora.bank import Bank
+from radiance_mlx.lora.targets import find_targets
 
 PROMPTS = [[1, 2, 3], [5, 8, 2, 9, 4, 7, 11], [6], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [20, 21], [7, 7, 7, 7]]
 
@@ -135,6 +138,46 @@ def test_newcomers_cost_no_pass_of_their_own(model):
     theirs = Counted(model)
     play(BatchGenerator, theirs, [(0, 0), (5, 1), (5, 3)])
     assert len(theirs.calls) > len(counted.calls)
+
+
+class Seen(BankModel):
+    """A served model that notes what it is asked for."""
+
+    def __call__(self, tokens, cache):
+        self.asked.append(("all", *tokens.shape))
+        return super().__call__(tokens, cache)
+
+    def at(self, tokens, cache, places):
+        self.asked.append(("ends", *tokens.shape))
+        return super().at(tokens, cache, places)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_prompts_that_nobody_has_to_wait_for_give_their_first_tokens_themselves(model, expected, ends):
+    """In one pass, and they are told before the next step is begun; beside others, their last tokens join the step."""
+    tree = tiny.alone(model, None)
+    bank = Bank(tree, find_targets(model, tiny.ATTENTION).paths, 2, 4)
+    served = Seen(tree, bank.rows, ends=tiny.ends(tree, model) if ends else None)
+    served.asked = []
+    running = tiny.bank_generator(served)
+    uids = tiny.ask(running, served, PROMPTS[:2], [tiny.greedy()] * 2, 12)
+    tokens = {uid: [] for uid in uids}
+
+    def go_on():
+        for response in running.next()[1]:
+            tokens[response.uid].append(response.token)
+
+    go_on()
+    assert served.asked == ([("ends", 2, 7), ("all", 2, 1)] if ends else [("all", 2, 6), ("all", 2, 1)])
+    assert list(tokens.values()) == [[answer[0]] if ends else [] for answer in expected[:2]]
+    served.asked.clear()
+    [late] = tiny.ask(running, served, PROMPTS[3:4], [tiny.greedy()], 12)
+    tokens[late] = []
+    go_on()
+    assert served.asked == [("all", 1, 11), ("all", 3, 1)]
+    while len(tokens[late]) < 12:
+        go_on()
+    assert list(tokens.values()) == [expected[0], expected[1], expected[3]]
 
 
 def test_the_kept_cache_of_an_ended_sequence_goes_on_where_it_was(model, expected):

@@ -41,7 +41,7 @@ def served(base, adapters):
     for slot, adapter in enumerate(adapters):
         if adapter is not None:
             bank.write(slot, adapter)
-    return BankModel(tree, bank.rows)
+    return BankModel(tree, bank.rows, ends=tiny.ends(tree, base))
 
 
 def row(slot, seed=7, **sampling):

@@ -23,7 +23,7 @@ from ..evaluation.plan import Plan, Subject
 from ..lora import files
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
-from ..lora.head import install_head
+from ..lora.head import install_head, serve_ends, unadapted
 from ..lora.ranks import Ranks
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
@@ -63,7 +63,8 @@ class Engine:
         batched = decodes_in_batches(tree)
         grain = grain_here() if config.serving.pad_rows == "auto" else 1
         pad_rows(tree, grain)
-        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, grain)
+        ends = unadapted(self._head, self._targets.paths)
+        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, grain, ends)
         self._decoder = Decoder(
             self._base,
             tree,
@@ -74,6 +75,7 @@ class Engine:
             config.memory,
             batched=batched,
             fused=self._fused,
+            ends=serve_ends(tree, ends),
         )
         self._planner = Planner(config.training.share)
         self._foundation = Foundation(self._base, self._targets, self._encoder, home)

@@ -20,6 +20,7 @@ from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
 from ..lora.halves import halves_here
+from ..lora.head import TargetRows
 from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
 from .generation import JoiningGenerator, prefill_here
@@ -80,11 +81,12 @@ class Decoder:
         *,
         batched: bool = True,
         fused: FusedStable | None = None,
+        ends: TargetRows | None = None,
     ) -> None:
         self._base, self._weights, self._encoder = base, weights, encoder
         self._bank, self._serving, self._memory = bank, serving, memory
         self._batch = serving.max_batch if batched else 1
-        self._model = BankModel(tree, bank.rows, fused)
+        self._model = BankModel(tree, bank.rows, fused, ends)
         self._context = min(base.context, serving.max_context or base.context)
         self._slots = Slots(bank.slots)
         self._prompts = PromptCache(int(serving.prompt_cache_mb * 2**20))

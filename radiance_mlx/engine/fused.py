@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..lora.bank import AdapterWeights, Bank
+from ..lora.head import TargetRows, serve_ends
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
@@ -40,9 +41,14 @@ class FusedStable:
         mode: Literal["auto", "off", "always"],
         room: Callable[[], int],
         grain: int = 1,
+        ends: TargetRows | None = None,
     ) -> None:
-        """`room` tells how many bytes may still be taken for it; `grain` is what rows are padded to."""
-        self._grain = grain
+        """`room` tells how many bytes may still be taken for it; `grain` is what rows are padded to.
+
+        `ends` is the base's head, if it takes single places: that of the tree does, too.
+        """
+        self._grain, self._head = grain, ends
+        self.ends: TargetRows | None = None
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
         self._worth: bool | None = None  # of quantised weights, as far as it has been measured
@@ -64,7 +70,7 @@ class FusedStable:
         self._let_go("training needs the memory")
 
     def _let_go(self, why: str) -> None:
-        self.name = self.tree = self._folding = None
+        self.name = self.tree = self.ends = self._folding = None
         self.nbytes, self.why_not = 0, why
 
     @property
@@ -124,6 +130,7 @@ class FusedStable:
         tree.update_modules(tree_unflatten(folded))
         tree.eval()
         pad_rows(tree, self._grain)
+        self.ends = serve_ends(tree, self._head)
         self.name, self.tree, self.why_not = name, tree, ""
 
     def _measure(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ for nobody who has not asked for them, and no array is made row by row. Samplers
 taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). Answers are the same.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,8 +65,13 @@ class JoiningBatch(GenerationBatch):
             tokens.append(token)
         return read, []
 
+    def begun(self) -> None:
+        """What is read next is everybody's first token."""
+        self._fresh, self._joined = [False] * len(self.uids), True
+
     def extend(self, batch: "JoiningBatch") -> None:
         """Take in the sequences of `batch`."""
+        self._joined = self._joined or batch._joined
         self._fresh.extend(batch._fresh)
         super().extend(batch)
         self._current_tokens = None  # nothing reads it here, and it has another batch's rows
@@ -119,52 +125,83 @@ class JoiningPrompts(PromptProcessingBatch):
 
     def prompt(self, tokens: list[list[int]]) -> None:
         """Compute the next tokens of each sequence."""
-        if not tokens:
-            return
+        if tokens:
+            self._compute(tokens, ends=False)
+
+    def finish(self, tokens: list[list[int]]) -> JoiningBatch:
+        """Compute the last tokens of all sequences, of which none is left here, and draw what follows."""
+        logits = mx.concatenate(self._compute(tokens, ends=True))
+        self.model.draws_next(self.prompt_cache, mx.array([part[-1:] for part in tokens]))
+        batch = self._become(self.fallback_sampler(logits).astype(mx.uint32))
+        batch.begun()
+        return batch
+
+    def _compute(self, tokens: list[list[int]], *, ends: bool) -> list[mx.array]:
+        """With `ends`, the logits after all `tokens`, of one part of the sequences after the other."""
         middle = len(tokens) // 2
         if not self.halved or not middle or len(tokens) * max(map(len, tokens)) < WORTH_HALVING:
             use_threads()
-            mx.eval(self._begin(tokens))
-        else:
-            use_threads(1)
-            other, (own, more) = self.split(list(range(middle, len(tokens)))), streams()
-            with mx.stream(own):
-                mine = self._begin(tokens[:middle])
-            with mx.stream(more):
-                others = other._begin(tokens[middle:])
-            for states in zip(mine, others, strict=True):
-                mx.async_eval(states)
-            mx.eval(mine, others)
-            self.extend(other)
+            states, logits = self._begin(tokens, ends)
+            mx.eval(states, logits)
+            mx.clear_cache()
+            return logits
+        use_threads(1)
+        other, (own, more) = self._take_off(middle), streams()
+        with mx.stream(own):
+            mine, logits = self._begin(tokens[:middle], ends)
+        with mx.stream(more):
+            others, more_logits = other._begin(tokens[middle:], ends)
+        for both in zip(mine, others, strict=True):  # layer by layer: MLX begins only so much at a time
+            mx.async_eval(both)
+        mx.eval(mine, others, logits, more_logits)
+        self.extend(other)
         mx.clear_cache()
+        return logits + more_logits
 
-    def _begin(self, tokens: list[list[int]]) -> list[Any]:
-        """The states of the prompt cache after `tokens`, of which the longest are not more than fit; not evaluated."""
+    def _take_off(self, middle: int) -> "JoiningPrompts":
+        """The sequences from the one at `middle` on, which are no longer here: as `split`, with less to wait for."""
+        rows = len(self.uids)
+        caches, self.prompt_cache = self.prompt_cache, []
+        other: JoiningPrompts = self.split(list(range(middle, rows)))
+        for cache in caches:
+            other.prompt_cache.append(_rows(cache, middle, rows))
+            self.prompt_cache.append(_rows(cache, 0, middle))
+        return other
+
+    def _begin(self, tokens: list[list[int]], ends: bool) -> tuple[list[Any], list[mx.array]]:
+        """The prompt cache's states, layer by layer, and with `ends` the logits after `tokens`; not evaluated."""
         for known, more in zip(self.tokens, tokens, strict=True):
             known += more
         lengths = [len(part) for part in tokens]
-        padding = [max(lengths) - length for length in lengths]
+        longest = max(lengths)
+        padding = [longest - length for length in lengths]
         if any(padding):  # to the right: afterwards the caches turn it to the left
             tokens = [[*part, *[0] * more] for part, more in zip(tokens, padding, strict=True)]
             for cache in self.prompt_cache:
                 cache.prepare(lengths=lengths, right_padding=padding)
-        self.model(mx.array(tokens), cache=self.prompt_cache)
+        logits = []
+        if ends:
+            places = mx.array([row * longest + length - 1 for row, length in enumerate(lengths)])
+            logits.append(self.model.at(mx.array(tokens), self.prompt_cache, places))
+        else:
+            self.model(mx.array(tokens), cache=self.prompt_cache)
         if any(padding):
             for cache in self.prompt_cache:
                 cache.finalize()
-        return [cache.state for cache in self.prompt_cache]
+        return [cache.state for cache in self.prompt_cache], logits
 
     def hand_over(self, indices: Sequence[int], last: list[list[int]]) -> JoiningBatch:
         """The sequences at `indices`, whose prompts are done but for the token in `last`, and no longer here."""
+        inputs = mx.array([tokens[-1] for tokens in last], dtype=mx.uint32)
         if len(indices) == len(self.uids):  # all of them: no need to copy the keys and values
-            return self._become(last)
-        return self.split(list(indices))._become(last)
+            return self._become(inputs)
+        return self.split(list(indices))._become(inputs)
 
-    def _become(self, last: list[list[int]]) -> JoiningBatch:
+    def _become(self, inputs: mx.array) -> JoiningBatch:
         batch = JoiningBatch(
             self.model,
             self.uids,
-            mx.array([tokens[-1] for tokens in last], dtype=mx.uint32),
+            inputs,
             self.prompt_cache,
             self.tokens,
             self.samplers,
@@ -213,10 +250,25 @@ class JoiningGenerator(BatchGenerator):
             self._prompt_batch.extend(self._make_batch(new))
         self._join()
         if self._currently_processing:
-            width = self._width([len(segments[0]) for segments, *_ in self._currently_processing])
-            self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
-            self._join()
+            lengths = [len(segments[0]) for segments, *_ in self._currently_processing]
+            if self._all_end(lengths):
+                parts = [[*part, *last] for (part, last), *_ in self._currently_processing]
+                self._currently_processing = []
+                self._generation_batch.extend(self._prompt_batch.finish(parts))
+            else:
+                width = self._width(lengths)
+                self._prompt_batch.prompt([_take(sequence, width) for sequence in self._currently_processing])
+                self._join()
         return [], self._decode()
+
+    def _all_end(self, lengths: list[int]) -> bool:
+        """Whether the next pass, with the last tokens in it, gives all sequences their first; `lengths` are without.
+
+        With others that decode, those last tokens go through the model in their next step, for nothing.
+        """
+        fits = (max(lengths) + 1) * len(lengths) <= WIDER * self.prefill_step_size
+        there = all(len(segments) == 2 and len(segments[1]) == 1 for segments, *_ in self._currently_processing)
+        return fits and there and not len(self._generation_batch) and getattr(self.model, "has_ends", False)
 
     def _width(self, lengths: list[int]) -> int:
         """Tokens that the next pass takes of each prompt, of which so many are left.
@@ -246,6 +298,17 @@ class JoiningGenerator(BatchGenerator):
         last = [self._currently_processing[i][0][0] for i in done]
         self._currently_processing = [s for i, s in enumerate(self._currently_processing) if i not in done]
         self._generation_batch.extend(self._prompt_batch.hand_over(done, last))
+
+
+def _rows(cache: Any, start: int, end: int) -> Any:
+    """A batch's cache of some rows. Of a batch that is at its beginning, nothing has to be looked at for it."""
+    if type(cache) is BatchKVCache and cache.keys is None:
+        part = copy.copy(cache)
+        part.left_padding, part.offset = cache.left_padding[start:end], cache.offset[start:end]
+    else:
+        part = copy.deepcopy(cache)
+        part.filter(list(range(start, end)))
+    return part
 
 
 def _take(sequence: list[Any], width: int) -> list[int]:

@@ -18,7 +18,7 @@ from ..config.schema import ReplaySection
 from ..lora import files, memory
 from ..lora.batches import fit_to_data
 from ..lora.encoding import Encoded
-from ..lora.head import TargetRows, install_found, install_head
+from ..lora.head import TargetRows, install_found, install_head, unadapted
 from ..lora.prefix import Prefix, install_prefix, lowest_adapted
 from ..lora.ranks import Ranks
 from ..lora.rehearsal import REHEARSED_TOGETHER
@@ -204,7 +204,7 @@ class Preparation:
 
     def _install_head(self, tree: TrainingTree, base_head: TargetRows, narrow: bool) -> TargetRows | None:
         vocab, found = self._base.vocab_size, base_head.found
-        if found is None or set(found.candidates) & set(self._targets.paths):  # an adapted head is none to be found
+        if found is None or unadapted(base_head, self._targets.paths) is None:
             return install_head(tree.module, vocab, narrow=narrow)
         return install_found(tree.module, vocab, found, narrow=narrow)
 

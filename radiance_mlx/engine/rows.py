@@ -16,6 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
 from ..lora.bank import BASE_SLOT, ActiveRows
+from ..lora.head import TargetRows, unadapted
 from .fused import FusedStable
 from .wishes import Wishes, shaped, tell
 
@@ -118,11 +119,19 @@ class BankModel(nn.Module):
     While all rows have the checkpoint that is `fused`, its own tree answers.
     """
 
-    def __init__(self, tree: nn.Module, rows: ActiveRows, fused: FusedStable | None = None) -> None:
+    def __init__(
+        self, tree: nn.Module, rows: ActiveRows, fused: FusedStable | None = None, ends: TargetRows | None = None
+    ) -> None:
+        """`ends` is the tree's output head, where it takes single places; None: it cannot be told to."""
         super().__init__()
         self.tree = tree
-        self._active, self._fused = rows, fused
+        self._active, self._fused, self._ends = rows, fused, ends
         self.current: RowEntry | None = None
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether there is `at`: not once an adapter has come of which the head is a part."""
+        return unadapted(self._ends, self._active.paths) is not None
 
     @property
     def layers(self) -> Any:
@@ -134,13 +143,35 @@ class BankModel(nn.Module):
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         entry = cache[-1]
+        self._draws(entry, tokens)
+        tree, _ = self._answering(entry)
+        return tree(tokens, cache=cache[:-1])
+
+    def at(self, tokens: mx.array, cache: list[Any], places: mx.array) -> mx.array:
+        """The logits (n, vocabulary) after n of `tokens`, (rows, length), whose flat indices `places` (n,) are."""
+        entry = cache[-1]
+        tree, ends = self._answering(entry)
+        assert ends is not None
+        ends.positions, ends.narrows = places, entry.slots is None  # a bank's linear must know whose row is where
+        try:
+            return tree(tokens, cache=cache[:-1])[0]
+        finally:
+            ends.positions = None
+
+    def draws_next(self, cache: list[Any], last: mx.array) -> None:
+        """What is drawn next are tokens for all rows of `cache` after their `last`, (rows, 1)."""
+        self._draws(cache[-1], last)
+
+    def _draws(self, entry: RowEntry, tokens: mx.array) -> None:
         self.current = entry
         if entry.shaped:
             entry.inputs = tokens
+
+    def _answering(self, entry: RowEntry) -> tuple[nn.Module, TargetRows | None]:
         if self._fused and self._fused.tree and entry.checkpoint == self._fused.name:
-            return self._fused.tree(tokens, cache=cache[:-1])
+            return self._fused.tree, self._fused.ends
         self._active.slots = entry.slots
-        return self.tree(tokens, cache=cache[:-1])
+        return self.tree, self._ends
 
 
 class RowSampler:

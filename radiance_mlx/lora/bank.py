@@ -31,10 +31,14 @@ class AdapterWeights:
 
 
 class ActiveRows:
-    """Which slot each row of the running batch uses: `slots` of shape (batch,), or None when all are base."""
+    """Which slot each row of the running batch uses: `slots` of shape (batch,), or None when all are base.
+
+    `paths` are those of the modules that look it up.
+    """
 
     def __init__(self) -> None:
         self.slots: mx.array | None = None
+        self.paths: set[str] = set()
 
 
 class BankLinear(nn.Module):
@@ -115,6 +119,7 @@ class Bank:
         added = {path: BankLinear(modules[path], self.slots, self.rank, self.rows) for path in new}
         self._tree.update_modules(tree_unflatten(list(added.items())))
         self._linears.update(added)
+        self.rows.paths.update(added)
         mx.eval([m.a for m in added.values()], [m.b for m in added.values()])
 
     def _widen(self, rank: int) -> None:

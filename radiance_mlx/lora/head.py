@@ -6,7 +6,7 @@ can be the head, it is used; otherwise (`install_head` gives None) the full head
 each position by itself is then done to those rows only, too: nobody looks at the others any more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +31,8 @@ class Found:
 class TargetRows:
     """Positions whose logits are wanted: flat indices (n,) int32, or None for all. `hits` counts head calls.
 
+    Without `narrows` the last layer's parts are done at all positions even so.
+
     `project` maps rows of the head's input (n, dims) to the model's logits (n, vocabulary), where that is all that
     becomes of them; None where the model does more with what its head gives.
     """
@@ -38,6 +40,7 @@ class TargetRows:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.positions: mx.array | None = None
+        self.narrows = True
         self.hits = 0
         self.project: Callable[[mx.array], mx.array] | None = None
         self.found: Found | None = None
@@ -53,7 +56,7 @@ class TargetRows:
 
     def only(self, function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """`function` of the wanted positions of `x` (rows, length, dims), and 0 at the others."""
-        if self.positions is None:
+        if self.positions is None or not self.narrows:
             return function(x)
         y = function(x.reshape(-1, x.shape[-1])[self.positions][None])[0]
         return mx.zeros((x.shape[0] * x.shape[1], y.shape[-1]), y.dtype).at[self.positions].add(y).reshape(x.shape)
@@ -120,6 +123,17 @@ def install_found(tree: nn.Module, vocab_size: int, found: Found, *, narrow: boo
         modules[path].__class__ = _narrowed(type(modules[path]), rows)
     rows.found = found
     return rows
+
+
+def unadapted(head: TargetRows | None, adapted: Iterable[str]) -> TargetRows | None:
+    """`head`, if all is known about it and none of the `adapted` modules is, or may be, the head."""
+    found = head.found if head is not None else None
+    return None if found is None or set(found.candidates) & set(adapted) else head
+
+
+def serve_ends(tree: nn.Module, head: TargetRows | None) -> TargetRows | None:
+    """Have `tree`, which answers, compute logits at single places when it is asked to, as the base's `head` can."""
+    return None if head is None or head.found is None else install_found(tree, head.vocab_size, head.found)
 
 
 def _narrow_last_layer(tree: nn.Module, rows: TargetRows, dims: int) -> list[nn.Module]:
