@@ -77,7 +77,7 @@ class Engine:
             fused=self._fused,
             ends=serve_ends(tree, ends),
         )
-        self._planner = Planner(config.training.share)
+        self._planner = Planner(config.training.share, config.training.slice_ms / 1000)
         self._foundation = Foundation(self._base, self._targets, self._encoder, home)
         self._ahead = AskingAhead(self._foundation, config)
         self._task: TrainingTask | MeasuringTask | None = None

@@ -2,11 +2,12 @@
 
 With requests active, background work (training, evaluation) gets `share` of the engine's time; with none, all
 of it. The account starts anew whenever one of the two sides becomes idle, so nobody saves up a claim, and a
-slice that took long is paid back before the next one.
+slice that took long is paid back before the next one. What prompts have earned is not paid out at once either: between
+two steps comes one slice, or as much as a step of those who decode earns, or a tenth of all that is owed.
 
-Whoever decodes waits for one thing at a time: a slice, or the prompts of those who join, never both between two
-tokens. After a slice comes a step without newcomers, and before one a step with them, if there are any; each
-step with newcomers lets a slice come next that is due, so that prompts without end do not keep training waiting.
+Whoever decodes waits for one thing at a time: slices, or the prompts of those who join, never both between two
+tokens. After slices comes a step without newcomers, and before them a step with newcomers, if there are any; each
+of those lets a slice come next that is due, so that prompts without end do not keep training waiting.
 """
 
 from dataclasses import dataclass
@@ -31,12 +32,24 @@ class Load:
     background: bool
 
 
-class Planner:
-    """Divides time by `share`, the background's part while requests are active (0 < share < 1)."""
+#: of a slice; of one that was shorter, for what was there could not be cut well, the rest may follow at once
+SHORT = 0.25
+#: over so many steps what is owed is paid out
+OVER = 10
 
-    def __init__(self, share: float) -> None:
-        self._share = share
+
+class Planner:
+    """Divides time by `share`, the background's part while requests are active (0 < share < 1).
+
+    `slice_s` is what one action of the background is to take.
+    """
+
+    def __init__(self, share: float, slice_s: float = 0.0) -> None:
+        self._rate = share / (1.0 - share)  # seconds that each of a step earns the background
+        self._short = SHORT * slice_s
         self._owed = 0.0  # seconds of background work that the account allows; negative: paid back first
+        self._sliced = 0.0  # seconds of background work since the last step
+        self._earned = 0.0  # by a step without newcomers, the last time
         self._contended = False
         self._last = Action.WAIT
         self._joined = False  # whether the last action was for newcomers, too
@@ -54,7 +67,9 @@ class Planner:
             return Action.GENERATE if load.requests else Action.BACKGROUND if load.background else Action.WAIT
         kept_waiting = load.decoding and load.decoding < load.requests  # by newcomers
         sliced = self._last is Action.BACKGROUND
-        if self._owed > 0 and (sliced or self._joined or not kept_waiting):
+        due = max(self._short, self._earned, (self._owed + self._sliced) / OVER)
+        enough = load.decoding > 0 and sliced and self._sliced > due
+        if self._owed > 0 and not enough and (sliced or self._joined or not kept_waiting):
             return Action.BACKGROUND
         return Action.DECODE if sliced and kept_waiting else Action.GENERATE
 
@@ -64,5 +79,9 @@ class Planner:
             return
         if action is Action.BACKGROUND:
             self._owed -= seconds
-        elif action is not Action.WAIT:
-            self._owed += seconds * self._share / (1.0 - self._share)
+            self._sliced += seconds
+            return
+        self._owed += seconds * self._rate
+        self._sliced = 0.0
+        if not self._joined:
+            self._earned = seconds * self._rate
