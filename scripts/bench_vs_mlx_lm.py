@@ -300,7 +300,7 @@ def during(bench: Bench, server: Server, adapter: str | None, work: Callable[[],
 def both(bench: Bench) -> Figures:
     rows = [pair(bench.prompts) for _ in range(10 * BATCH)]
     # one copy of the base, about as many kept prompts as mlx-lm's server keeps (ten), and room for a token in a slice
-    settings = {"serving.fuse": "off", "serving.prompt_cache_mb": 16, "training.slice_ms": 30}
+    settings = {"serving.fuse": "off", "serving.prompt_cache_mb": 16, "training.slice_ms": 40}
     with bench.servers(lambda: bench.ours(**settings)) as [ours]:
         alone = steps_per_s(trained(bench, ours, rows))
         found = {"ours": during(bench, ours, "base", lambda: steps_per_s(trained(bench, ours, rows)))}

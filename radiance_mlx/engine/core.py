@@ -282,7 +282,7 @@ class Engine:
                 self._decoder.fail_all(InternalError.of(error))
 
     def _background(self) -> None:
-        task, seconds = self._task, self._config.training.slice_ms / 1000
+        task, seconds = self._task, self._planner.slice_s
         if self._fused.pending:  # soon done, and whoever asks is answered the faster
             self._fused.slice(seconds)
             return

@@ -46,7 +46,7 @@ class Planner:
 
     def __init__(self, share: float, slice_s: float = 0.0) -> None:
         self._rate = share / (1.0 - share)  # seconds that each of a step earns the background
-        self._short = SHORT * slice_s
+        self._slice_s = slice_s
         self._owed = 0.0  # seconds of background work that the account allows; negative: paid back first
         self._sliced = 0.0  # seconds of background work since the last step
         self._earned = 0.0  # by a step without newcomers, the last time
@@ -67,15 +67,27 @@ class Planner:
             return Action.GENERATE if load.requests else Action.BACKGROUND if load.background else Action.WAIT
         kept_waiting = load.decoding and load.decoding < load.requests  # by newcomers
         sliced = self._last is Action.BACKGROUND
-        due = max(self._short, self._earned, (self._owed + self._sliced) / OVER)
-        enough = load.decoding > 0 and sliced and self._sliced > due
+        enough = load.decoding > 0 and sliced and self._sliced > max(SHORT * self._slice_s, self._due)
         if self._owed > 0 and not enough and (sliced or self._joined or not kept_waiting):
             return Action.BACKGROUND
         return Action.DECODE if sliced and kept_waiting else Action.GENERATE
 
+    @property
+    def _due(self) -> float:
+        """Seconds of the background between this step and the next."""
+        return max(self._earned, (self._owed + self._sliced) / OVER)
+
+    @property
+    def slice_s(self) -> float:
+        """How long the slice is to take that `next` has picked: after a short one, what is left of it."""
+        if not self._contended:
+            return self._slice_s
+        return min(self._slice_s, max(self._slice_s, self._due) - self._sliced)
+
     def charge(self, action: Action, seconds: float) -> None:
         """Tell how long the last action took."""
         if not self._contended:
+            self._sliced = 0.0
             return
         if action is Action.BACKGROUND:
             self._owed -= seconds
