@@ -36,6 +36,11 @@ def used() -> int:
     return _used
 
 
+def can_use_fewer() -> bool:
+    """Whether `use` has an effect."""
+    return _told("openblas_get_parallel") == _OWN_THREADS
+
+
 def use(count: int = 0) -> None:
     """Have the products that begin from now on divided among `count` threads; 0 or too many: all.
 
@@ -43,7 +48,7 @@ def use(count: int = 0) -> None:
     """
     global _used
     count = min(count, threads()) or threads()
-    if _library is not None and count != _used and _told("openblas_get_parallel") == _OWN_THREADS:
+    if _library is not None and count != _used and can_use_fewer():
         _library.openblas_set_num_threads(count)
         _used = count
 

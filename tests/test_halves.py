@@ -106,11 +106,16 @@ def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):
 
 
 def test_where_it_is_done(monkeypatch):
-    """On the CPU, where OpenBLAS has two threads."""
+    """On the CPU, where OpenBLAS has two threads and can be told to use one."""
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: True)
     for threads, pays in ((0, False), (1, False), (2, True), (8, False)):
         monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
         assert halves_here() is pays
     monkeypatch.setattr(blas, "threads", lambda: 2)
+    assert halves_here()
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: False)
+    assert not halves_here()
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     assert not halves_here()
 
@@ -153,6 +158,7 @@ def test_prompts_in_halves_are_answered_as_they_are(base, part):
 def test_the_service_learns_and_answers_by_it(tmp_path, monkeypatch, wanted):
     """`training.halves` and `serving.halves`: off is off."""
     monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: True)
     used = [0]
     monkeypatch.setattr(blas, "used", lambda: used[-1] or 2)
     monkeypatch.setattr(blas, "use", lambda count=0: used.append(count))

@@ -22,7 +22,7 @@ FEWEST = 256
 
 def halves_here() -> bool:
     """Whether two halves are computed faster than the whole on the default device."""
-    return blas.threads() == MEASURED and mx.default_device() == mx.cpu
+    return blas.threads() == MEASURED and blas.can_use_fewer() and mx.default_device() == mx.cpu
 
 
 class _Streams(threading.local):
