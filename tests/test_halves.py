@@ -10,6 +10,7 @@ from radiance_mlx import blas
 from radiance_mlx.engine import generation
 from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.slices import Slices
+from radiance_mlx.errors import Cancelled
 from radiance_mlx.lora import halves, trainer
 from radiance_mlx.lora.batches import as_batch
 from radiance_mlx.lora.encoding import Encoded
@@ -17,6 +18,7 @@ from radiance_mlx.lora.halves import halves_here, in_halves
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.prefix import install_prefix
 from radiance_mlx.lora.rehearsal import Rehearsal, Source, teacher
+from radiance_mlx.lora.step import Piece
 from radiance_mlx.lora.targets import find_targets
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import make_tree
@@ -87,6 +89,28 @@ def test_slices_change_no_bit_of_it(base, monkeypatch):
     assert one.history.steps == other.history.steps
     for name, weight in one.tree.parameters().items():
         assert mx.array_equal(weight, other.tree.parameters()[name])
+
+
+def test_a_run_that_is_ended_leaves_nothing_under_way():
+    """On any stream: a thread that ends with work on one would never be left by the interpreter."""
+    asked, stream = [], halves.streams()[1]
+
+    def check():
+        asked.append(len(asked))
+        if len(asked) == 3:
+            raise Cancelled("enough")
+
+    def pieces():
+        with mx.stream(stream):
+            x = mx.random.normal((600, 600))
+            while True:
+                x = mx.tanh(x @ x)
+                yield Piece([x])
+
+    slices = Slices(pieces(), check)
+    with pytest.raises(Cancelled):
+        slices.run(10.0)
+    assert not slices._begun
 
 
 def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):

@@ -91,6 +91,19 @@ def test_who_decodes_waits_for_a_slice_or_for_newcomers_never_for_both(share, se
             owed += each * share / (1 - share)
 
 
+def test_what_long_prompts_have_earned_is_not_taken_from_a_newcomer_in_one_row():
+    """Forty passes of a second beside one who decodes; then that one leaves, and somebody comes."""
+    planner = Planner(0.5, 0.05)
+    for _ in range(400):
+        action = planner.next(Load(2, 1, True))
+        planner.charge(action, 1.0 if action is Action.GENERATE else 0.05)
+    waited = 0.0
+    while (action := planner.next(Load(1, 0, True))) is Action.BACKGROUND:
+        planner.charge(action, 0.05)
+        waited += 0.05
+    assert waited <= 0.05 * (OVER + 1)
+
+
 def test_newcomers_do_not_wait_for_a_slice_where_nobody_decodes():
     """Their prompts come right after the one that was under way; and with nobody new, steps are for all as ever."""
     planner = Planner(0.5)

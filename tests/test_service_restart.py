@@ -171,7 +171,7 @@ def stop_after_update(engine):
 
 def test_stopping_in_the_middle_of_training_and_going_on_gives_the_same_adapter(tmp_path):
     """Wherever it is stopped, right after an update too: not a bit differs, and no attempt is counted."""
-    steps = {**QUICK, "training.max_steps": 24}
+    steps = {**QUICK, "training.max_steps": 80}
     with running(tmp_path / "whole", steps) as service:
         whole = service.learn(FACTS[0], FACTS[1], FACTS[2])
     with running(tmp_path / "cut", steps) as service:

@@ -122,8 +122,11 @@ class Decoder:
 
     @property
     def decoding(self) -> int:
-        """Requests whose prompts are computed."""
-        return self._generator.decoding
+        """Requests whose prompts are computed; and those for which the batch has no room, while nobody joins it."""
+        joining = len(self._active) > self._generator.decoding
+        if joining or (self._waiting and len(self._active) < self._batch):
+            return self._generator.decoding
+        return self.load
 
     def submit(self, number: int, request: Generate, sink: Sink) -> None:
         """Take a request; every fault goes to its sink."""
@@ -187,7 +190,11 @@ class Decoder:
         self._live_version = None
 
     def _loader(self, checkpoint: str) -> Callable[[int], None]:
-        return lambda slot: self._bank.write(slot, self._weights.checkpoint(checkpoint))
+        return lambda slot: self._write(slot, self._weights.checkpoint(checkpoint))
+
+    def _write(self, slot: int, weights: AdapterWeights) -> None:
+        self._generator.begin()  # a step that is not begun holds the bank's stacks: they would be copied
+        self._bank.write(slot, weights)
 
     def refresh_live(self) -> None:
         """After an optimizer step: give the live weights to whoever is using them."""
@@ -196,7 +203,7 @@ class Decoder:
             return
         slot = self._slots.find(_live_key(live[0]))
         if slot is not None and self._live_version != live[:2]:
-            self._bank.write(slot, live[2]())
+            self._write(slot, live[2]())
             self._live_version = (live[0], live[1])
 
     # --- one step --------------------------------------------------------------------------------
@@ -251,9 +258,9 @@ class Decoder:
         if self._live_version != (name, step):
             present = self._slots.find(_live_key(name))
             if present is not None:
-                self._bank.write(present, weights())
+                self._write(present, weights())
                 self._live_version = (name, step)
-        slot = self._slots.acquire(_live_key(name), lambda slot: self._bank.write(slot, weights()))
+        slot = self._slots.acquire(_live_key(name), lambda slot: self._write(slot, weights()))
         if slot is not None:
             self._live_version = (name, step)
         return slot

@@ -1,10 +1,11 @@
 """mlx-lm's `BatchGenerator`, with less work in each step.
 
-Two things differ. A sequence whose prompt is computed joins the running batch at once: its prompt's last token
+Three things differ. A sequence whose prompt is computed joins the running batch at once: its prompt's last token
 goes through the model with everybody's next step, where mlx-lm gives each newcomer's first token a pass over
 the weights of its own. And a step draws from logits: log-probabilities of the whole vocabulary are computed
 for nobody who has not asked for them, and no array is made row by row. Samplers and processors of single rows are not
-taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). Answers are the same.
+taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). And prompts are computed in
+`halves` where that pays, and give their first tokens with their last part where nobody decodes. Answers are the same.
 """
 
 import copy
@@ -237,6 +238,11 @@ class JoiningGenerator(BatchGenerator):
     def decoding(self) -> int:
         """Sequences whose prompts are computed."""
         return len(self._generation_batch)
+
+    def begin(self) -> None:
+        """Begin the step that was put off, if one was."""
+        if len(self._generation_batch):
+            mx.async_eval(self._generation_batch._next_tokens)
 
     def decode(self) -> list[GenerationBatch.Response]:
         """As `next`, for those alone that are `decoding`: prompts stay where they are."""

@@ -3,13 +3,15 @@
 With requests active, background work (training, evaluation) gets `share` of the engine's time; with none, all
 of it. The account starts anew whenever one of the two sides becomes idle, so nobody saves up a claim, and a
 slice that took long is paid back before the next one. What prompts have earned is not paid out at once either: between
-two steps comes one slice, or as much as a step of those who decode earns, or a tenth of all that is owed.
+two steps comes one slice, or as much as a step of those who decode earns, or a tenth of all that is owed; and of what
+would be more than ten of these, nothing is owed.
 
 Whoever decodes waits for one thing at a time: slices, or the prompts of those who join, never both between two
 tokens. After slices comes a step without newcomers, and before them a step with newcomers, if there are any; each
 of those lets a slice come next that is due, so that prompts without end do not keep training waiting.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -28,7 +30,7 @@ class Load:
     """What there is to do."""
 
     requests: int  # in all: waiting, joining or decoding
-    decoding: int  # of these, those who have their first token
+    decoding: int  # of these, those whose prompts are computed, and who cannot join now
     background: bool
 
 
@@ -93,7 +95,8 @@ class Planner:
             self._owed -= seconds
             self._sliced += seconds
             return
-        self._owed += seconds * self._rate
         self._sliced = 0.0
         if not self._joined:
             self._earned = seconds * self._rate
+        most = OVER * max(self._slice_s, self._earned) if self._slice_s else math.inf
+        self._owed = min(self._owed + seconds * self._rate, most)

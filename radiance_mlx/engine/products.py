@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import blas
+from ..lora.halves import wait
 
 #: threads of OpenBLAS → rows that fill their blocks. One thread has no such steps; more than two were not measured
 GRAINS = {2: 16}
@@ -41,7 +42,7 @@ def use_threads(count: int = 0) -> None:
     A decoding step that still computes was made for another number: it is waited for.
     """
     if blas.used() != (count or blas.threads()):
-        mx.synchronize()
+        wait()
         blas.use(count)
 
 

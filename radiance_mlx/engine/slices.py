@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from ..errors import RadianceError
+from ..lora.halves import wait
 from ..lora.step import Piece
 from .products import use_threads
 
@@ -24,7 +25,15 @@ class Slices:
         self._begun: deque[list[Piece]] = deque()
 
     def run(self, seconds: float) -> bool:
-        """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises."""
+        """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises, with nothing under way."""
+        try:
+            return self._run(seconds)
+        except BaseException:
+            self._begun.clear()
+            wait()
+            raise
+
+    def _run(self, seconds: float) -> bool:
         self._last = time.perf_counter()
         ends = self._last + seconds
         while True:

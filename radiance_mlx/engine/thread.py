@@ -362,5 +362,7 @@ def _release_streams() -> None:
     """MLX's streams belong to threads: one that ends with its streams open aborts the process at exit."""
     import mlx.core as mx
 
-    mx.synchronize()
+    from ..lora.halves import wait
+
+    wait()
     mx.clear_streams()

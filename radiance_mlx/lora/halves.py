@@ -41,6 +41,13 @@ def streams() -> tuple[mx.Stream, mx.Stream]:
     return _streams.pair
 
 
+def wait() -> None:
+    """Until nothing that this thread has begun is under way any more, on either stream."""
+    mx.synchronize()
+    for stream in _streams.pair or ():
+        mx.synchronize(stream)
+
+
 def in_halves(batch: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Both halves of the rows of `batch`; none if that does not pay, or one would be without a target.
 

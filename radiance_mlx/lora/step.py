@@ -176,6 +176,7 @@ class MicroBatch:
         for half, own, start, stream, one in zip(halves, mx.random.split(key), begun, streams(), found, strict=True):
             with mx.stream(stream):
                 runs.append(self._cut(half, own, start, one))
+            yield Piece([])  # building took a while: there may be something else to do
         yield from _side_by_side(runs)
         counts = [int(one.tokens) for one in found]
         shares = [1.0 if self._summed else count / sum(counts) for count in counts]
