@@ -2,10 +2,11 @@
 
 Three things differ. A sequence whose prompt is computed joins the running batch at once: its prompt's last token
 goes through the model with everybody's next step, where mlx-lm gives each newcomer's first token a pass over
-the weights of its own. And a step draws from logits: log-probabilities of the whole vocabulary are computed
-for nobody who has not asked for them, and no array is made row by row. Samplers and processors of single rows are not
-taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). And prompts are computed in
-`halves` where that pays, and give their first tokens with their last part where nobody decodes. Answers are the same.
+the weights of its own. A step draws from logits: log-probabilities of the whole vocabulary are computed for
+nobody who has not asked for them, and no array is made row by row. Samplers and processors of single rows are
+not taken: the one sampler knows the rows (see `rows`), and tells those who asked (see `wishes`). And prompts are
+computed in `halves` where that pays, and give their first tokens with their last part where nobody decodes.
+Answers are the same.
 """
 
 import copy

@@ -25,7 +25,7 @@ class Slices:
         self._begun: deque[list[Piece]] = deque()
 
     def run(self, seconds: float) -> bool:
-        """Work for about `seconds`; whether all is done. Raises what the pieces' maker raises, with nothing under way."""
+        """Work for about `seconds`; whether all is done. Raises what the maker raises, with nothing under way."""
         try:
             return self._run(seconds)
         except BaseException:
