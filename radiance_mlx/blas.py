@@ -31,6 +31,15 @@ def threads() -> int:
     return _ALL
 
 
+def core() -> str:
+    """The kind of processor for which the library's kernels were written that it has picked: `Zen`; "" if unknown."""
+    name = getattr(_library, "openblas_get_corename", None)
+    if name is None:
+        return ""
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
+
+
 def used() -> int:
     """Among how many of them products are divided now."""
     return _used

@@ -59,13 +59,14 @@ from radiance_mlx.engine import backend
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.layout import transpose_here, transpose_weights
-from radiance_mlx.engine.products import grain_here, pad_rows, threads_here
+from radiance_mlx.engine.products import best_here, pad_rows, threads_here
 from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
+from radiance_mlx.engine.sigmoid import powers_here, use_powers
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.lora.bank import AdapterWeights, Bank
 from radiance_mlx.lora.encoding import Encoded
 from radiance_mlx.lora.halves import halves_here
-from radiance_mlx.lora.head import install_head, serve_ends
+from radiance_mlx.lora.head import install_head, serve_places
 from radiance_mlx.lora.targets import Targets, find_targets, input_dims
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import adapter_tree, make_tree
@@ -106,6 +107,7 @@ def random_adapter(model: nn.Module, targets: Targets, seed: int) -> AdapterWeig
 def as_mlx_lm(cache_limit: int) -> Iterator[None]:
     """MLX and OpenBLAS as they are when nobody has set anything."""
     blas.use()
+    use_powers(False)
     ours = mx.set_cache_limit(cache_limit)
     mx.enable_compile()
     try:
@@ -113,6 +115,7 @@ def as_mlx_lm(cache_limit: int) -> Iterator[None]:
     finally:
         if mx.default_device() == mx.cpu:
             mx.disable_compile()
+        use_powers(powers_here())
         mx.set_cache_limit(ours)
         mx.clear_cache()
 
@@ -158,18 +161,18 @@ class Decoding:
         for slot, adapter in enumerate(adapters, 1):
             bank.write(slot, adapter)
         self.bank_mb = bank.nbytes / 2**20
-        pad_rows(tree, grain_here())
+        pad_rows(tree, best_here())
         head = install_head(copy.deepcopy(base), vocab)
-        ends = serve_ends(tree, head)
-        self._banked = BankModel(tree, bank.rows, ends=ends)
-        fused = FusedStable(base, bank, "always", lambda: 2**60, grain_here(), head)
+        own_head = serve_places(tree, head)
+        self._banked = BankModel(tree, bank.rows, head=own_head)
+        fused = FusedStable(base, bank, "always", lambda: 2**60, best_here(), head)
         fused.follow(NAME, lambda: adapters[0])
         while fused.pending:
             fused.slice(1.0)
         if fused.tree is None:  # else the bank would be measured by its name
             raise SystemExit(f"the adapter is not folded: {fused.why_not}")
         self.fused_mb = fused.nbytes / 2**20
-        self._fused = BankModel(tree, bank.rows, fused, ends)
+        self._fused = BankModel(tree, bank.rows, fused, own_head)
         self._plain, self._adapted = model, adapter_tree(model, adapters[0]).module
         for layer in self._adapted.modules():
             if isinstance(layer, LoRALinear):
@@ -307,6 +310,7 @@ def main() -> None:
     options = parser.parse_args()
     cache_limit = mx.set_cache_limit(2**30)  # MLX's own
     device = backend.select(options.backend, MemorySection())
+    use_powers(powers_here())
     dtype = options.dtype or ("float32" if device.name == "cpu" else "bfloat16")
     model = make_model(options.size, dtype, options.bits)
     vocab = model_config(options.size)["vocab_size"]

@@ -43,7 +43,7 @@ def banked(base, targets):
     bank = Bank(tree, targets.paths, 4, 4)
     for slot in (1, 2, 3):
         bank.write(slot, adapters[slot])
-    return adapters, BankModel(tree, bank.rows, ends=tiny.ends(tree, base))
+    return adapters, BankModel(tree, bank.rows, head=tiny.served_head(tree, base))
 
 
 def alone(base, adapter, prompt, n=12):

@@ -33,7 +33,7 @@ def banked(base, adapters, *, slots=None, rank=4, names=tiny.ATTENTION):
     for slot, adapter in enumerate(adapters):
         if adapter is not None:
             bank.write(slot, adapter)
-    return bank, BankModel(tree, bank.rows, ends=tiny.ends(tree, base))
+    return bank, BankModel(tree, bank.rows, head=tiny.served_head(tree, base))
 
 
 def answers(served, rows, prompts=PROMPTS, n=16, **options):

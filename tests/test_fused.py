@@ -13,7 +13,7 @@ from radiance_mlx.engine.fusing import folded_bytes
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowState
 from radiance_mlx.errors import CheckpointDamaged
 from radiance_mlx.lora.bank import AdapterWeights, Bank
-from radiance_mlx.lora.head import install_head, serve_ends
+from radiance_mlx.lora.head import install_head, serve_places
 from radiance_mlx.lora.targets import find_targets
 
 NAME = "A_2026-02-09_0001"
@@ -33,8 +33,8 @@ class Served:
         for slot, weights in enumerate(self.adapters, 1):
             self.bank.write(slot, weights)
         head = install_head(copy.deepcopy(self.base), tiny.VOCAB)
-        self.fused = FusedStable(self.base, self.bank, mode, lambda: room, ends=head)
-        self.model = BankModel(self.tree, self.bank.rows, self.fused, serve_ends(self.tree, head))
+        self.fused = FusedStable(self.base, self.bank, mode, lambda: room, base_head=head)
+        self.model = BankModel(self.tree, self.bank.rows, self.fused, serve_places(self.tree, head))
 
     def fold(self, seconds=10.0):
         self.fused.follow(NAME, lambda: self.adapters[0])

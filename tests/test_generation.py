@@ -157,7 +157,7 @@ def test_prompts_that_nobody_has_to_wait_for_give_their_first_tokens_themselves(
     """In one pass, and they are told before the next step is begun; beside others, their last tokens join the step."""
     tree = tiny.alone(model, None)
     bank = Bank(tree, find_targets(model, tiny.ATTENTION).paths, 2, 4)
-    served = Seen(tree, bank.rows, ends=tiny.ends(tree, model) if ends else None)
+    served = Seen(tree, bank.rows, head=tiny.served_head(tree, model) if ends else None)
     served.asked = []
     running = tiny.bank_generator(served)
     uids = tiny.ask(running, served, PROMPTS[:2], [tiny.greedy()] * 2, 12)

@@ -37,12 +37,14 @@ def _any_size_pays(monkeypatch):
     monkeypatch.setattr(generation, "WORTH_HALVING", 1)
 
 
-def trained(base, monkeypatch, *, halved, slice_s=1.0, layers=-1, rehearsed=False, grad_checkpoint=False, **changes):
+def trained(
+    base, monkeypatch, *, halved, slice_s=1.0, layers=-1, rehearsed=False, grad_checkpoint=False, dropout=0.0, **changes
+):
     """A run that is through, and the threads that its pieces were for."""
-    monkeypatch.setattr(trainer, "halves_here", lambda: halved)
+    monkeypatch.setattr(trainer, "halved", lambda setting: halved)
     section = tiny.settings(batch_size=3, max_steps=4, grad_checkpoint=grad_checkpoint, **changes)
     targets = find_targets(base, ["o_proj", "down_proj"] if layers > 0 else ["q_proj", "v_proj"], layers)
-    options = {"rank": 4, "scale": 2.0, "dropout": 0.0, "seed": 0, "grad_checkpoint": grad_checkpoint}
+    options = {"rank": 4, "scale": 2.0, "dropout": dropout, "seed": 0, "grad_checkpoint": grad_checkpoint}
     tree = make_tree(base, targets, **options)
     head = install_head(tree.module, tiny.VOCAB, narrow=not grad_checkpoint)
     install_prefix(tree, 1000, 2**30 if layers > 0 else 0)
@@ -83,9 +85,10 @@ def test_a_run_in_halves_is_the_run(base, monkeypatch, options):
 
 
 @pytest.mark.usefixtures("_any_size_pays")
-def test_slices_change_no_bit_of_it(base, monkeypatch):
-    """However the pieces of both halves fall together."""
-    one, other = (trained(base, monkeypatch, halved=True, slice_s=s)[0] for s in (1e-6, 1.0))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_slices_change_no_bit_of_it(base, monkeypatch, dropout):
+    """However the pieces of both halves fall together; what is dropped, too, is each half's own and the step's."""
+    one, other = (trained(base, monkeypatch, halved=True, slice_s=s, dropout=dropout)[0] for s in (1e-6, 1.0))
     assert one.history.steps == other.history.steps
     for name, weight in one.tree.parameters().items():
         assert mx.array_equal(weight, other.tree.parameters()[name])

@@ -35,12 +35,17 @@ def test_only_the_order_in_memory_changes(tied):
 
 
 def test_weights_are_turned_where_it_was_measured_to_pay(monkeypatch):
-    """With OpenBLAS at one or two threads, on the CPU."""
+    """With OpenBLAS at one or two threads and its kernels with AVX2, on the CPU."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(blas, "core", lambda: "Haswell")
     for threads, pays in ((0, False), (1, True), (2, True), (8, False)):
         monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
         assert transpose_here() is pays
     monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(blas, "core", lambda: "SkylakeX")
+    assert not transpose_here()
+    monkeypatch.setattr(blas, "core", lambda: "Zen")
+    assert transpose_here()
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     assert not transpose_here()
 
@@ -49,6 +54,7 @@ def test_weights_are_turned_where_it_was_measured_to_pay(monkeypatch):
 def test_the_base_and_what_is_folded_of_it_lie_alike(tmp_path, monkeypatch, wanted):
     """A checkpoint is learnt and answers; `serving.transpose: off` leaves the weights as they came."""
     monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(blas, "core", lambda: "Zen")
     flags = {**QUICK, "training.max_steps": 30, "training.batch_size": 4, "serving.fuse": "always", "backend": "cpu"}
     with running(tmp_path, flags, serving__transpose=wanted) as service:
         service.learn(FACTS[0])

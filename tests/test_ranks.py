@@ -11,6 +11,7 @@ import pytest
 import tiny
 from running import FACTS, QUICK, REPOSITORY, Process, running, until
 
+from radiance_mlx.lora import halves
 from radiance_mlx.lora.batches import batch_stream
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.ranks import own_part, split_up
@@ -23,17 +24,20 @@ SETTINGS = {"training.batch_size": 2, "training.grad_accum": 2, "training.max_st
 LONG = {**SETTINGS, "training.max_steps": 150}
 
 
-def micro_batch(base):
+def micro_batch(base, *, halved=False):
     tree = tiny.tree(base)
     tree.load({name: value + 0.05 for name, value in tree.parameters().items()})
-    return MicroBatch(tree, LossFunction(tree, install_head(tree.module, tiny.VOCAB)))
+    return MicroBatch(tree, LossFunction(tree, install_head(tree.module, tiny.VOCAB)), halved=halved)
 
 
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_the_parts_add_up_to_the_gradient_of_one_machine(ranks, batch_size):
+def test_the_parts_add_up_to_the_gradient_of_one_machine(ranks, batch_size, halved, monkeypatch):
     """Rows of unlike lengths, fewer of them than ranks: loss and every gradient, but for the order of the sums."""
-    micro = micro_batch(tiny.model())
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    base = tiny.model()
+    micro = micro_batch(base)
     stream = batch_stream(tiny.examples(5), batch_size=batch_size, max_tokens=64, seed=(0, 0))
     batches = [next(stream) for _ in range(2)]
     keys = [mx.random.key(i) for i in range(2)]
@@ -41,9 +45,9 @@ def test_the_parts_add_up_to_the_gradient_of_one_machine(ranks, batch_size):
     tiny.drive(own_gradients(micro, batches, keys, found))
     [(grads, loss)] = found
 
-    parts = []
+    parts, theirs = [], micro_batch(base, halved=halved)
     for rank in range(ranks):
-        tiny.drive(own_part(micro, batches, keys, (rank, ranks), parts))
+        tiny.drive(own_part(theirs, batches, keys, (rank, ranks), parts))
     total = sum(parts[1:], parts[0])
     assert total[0].item() == pytest.approx(loss.item(), rel=1e-6)
     size = max(mx.abs(grad).max().item() for grad in grads.values())

@@ -41,7 +41,7 @@ def served(base, adapters):
     for slot, adapter in enumerate(adapters):
         if adapter is not None:
             bank.write(slot, adapter)
-    return BankModel(tree, bank.rows, ends=tiny.ends(tree, base))
+    return BankModel(tree, bank.rows, head=tiny.served_head(tree, base))
 
 
 def row(slot, seed=7, **sampling):
@@ -49,9 +49,9 @@ def row(slot, seed=7, **sampling):
     return RowState(slot, asked.temperature, asked.top_p, seed, wishes=Wishes.of(asked))
 
 
-def play(served, rows, prompts=PROMPTS):
-    """(tokens, what was told of each) by row."""
-    running = tiny.bank_generator(served, prefill_step_size=6)
+def play(served, rows, prompts=PROMPTS, part=6):
+    """(tokens, what was told of each) by row; prompts are computed in parts of so many tokens."""
+    running = tiny.bank_generator(served, prefill_step_size=part)
     uids = tiny.ask(running, served, prompts, rows, LENGTH)
     said, told, left = {uid: [] for uid in uids}, {uid: [] for uid in uids}, len(uids)
     by_uid = dict(zip(uids, rows, strict=True))
@@ -74,11 +74,13 @@ def forward(base, adapter, tokens):
 # --- log-probabilities ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("part", [6, 400])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logprobs_are_those_of_a_forward_pass(base, adapters, served, temperature):
+def test_logprobs_are_those_of_a_forward_pass(base, adapters, served, temperature, part):
     """Rows of four adapters in one batch, two of which ask: their tokens' and the likeliest ones', to 1e-4.
 
-    Neither temperature nor top_p nor penalties nor biases are in them.
+    Neither temperature nor top_p nor penalties nor biases are in them; and first tokens have them, too, if they come
+    with their prompt's last pass.
     """
     shaping = {"frequency_penalty": 1.0, "logit_bias": ((5, 3.0),), "top_p": 0.8}
     rows = [
@@ -87,7 +89,7 @@ def test_logprobs_are_those_of_a_forward_pass(base, adapters, served, temperatur
         row(2, temperature=temperature, logprobs=20, **shaping),
         row(3, temperature=temperature),
     ]
-    said, told = play(served, rows)
+    said, told = play(served, rows, part=part)
     for number, likeliest in ((0, 3), (2, 20)):
         prompt, tokens = PROMPTS[number], said[number]
         expected = forward(base, adapters[number], prompt + tokens)[len(prompt) - 1 : -1]

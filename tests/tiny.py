@@ -28,7 +28,7 @@ from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowSampler, RowState
 from radiance_mlx.lora.bank import AdapterWeights
 from radiance_mlx.lora.encoding import Encoded
-from radiance_mlx.lora.head import TargetRows, install_head, serve_ends
+from radiance_mlx.lora.head import TargetRows, install_head, serve_places
 from radiance_mlx.lora.targets import Targets, find_targets, input_dims
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import TrainingTree, make_tree
@@ -95,9 +95,9 @@ def alone(base: nn.Module, adapter: AdapterWeights | None) -> nn.Module:
     return twin
 
 
-def ends(tree: nn.Module, base: nn.Module) -> TargetRows | None:
+def served_head(tree: nn.Module, base: nn.Module) -> TargetRows | None:
     """The head of a serving tree, which takes single places from now on, if that of the base can be told to."""
-    return serve_ends(tree, install_head(copy.deepcopy(base), VOCAB))
+    return serve_places(tree, install_head(copy.deepcopy(base), VOCAB))
 
 
 # --- decoding ------------------------------------------------------------------------------------

@@ -285,6 +285,7 @@ class ServingSection(Section):
     merge_toward_base: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     fuse: Annotated[Literal["auto", "off", "always"], BeforeValidator(_off_is_a_word)] = "auto"
     transpose: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
+    sigmoid: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     decode_threads: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     pad_rows: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     halves: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"

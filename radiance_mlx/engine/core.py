@@ -23,7 +23,7 @@ from ..evaluation.plan import Plan, Subject
 from ..lora import files
 from ..lora.bank import AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
-from ..lora.head import install_head, serve_ends, unadapted
+from ..lora.head import install_head, serve_places, unadapted
 from ..lora.ranks import Ranks
 from ..lora.targets import find_targets
 from ..messages import EngineFacts, Generate, Progress, TrainBatch, TrainResult
@@ -37,7 +37,7 @@ from .measuring import Measurements, MeasuringTask
 from .model import load_base
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
-from .products import grain_here, pad_rows
+from .products import UNKNOWN, best_here, pad_rows
 from .training import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ class Engine:
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
         batched = decodes_in_batches(tree)
-        grain = grain_here() if config.serving.pad_rows == "auto" else 1
-        pad_rows(tree, grain)
-        ends = unadapted(self._head, self._targets.paths)
-        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, grain, ends)
+        padding = best_here() if config.serving.pad_rows == "auto" else UNKNOWN
+        pad_rows(tree, padding)
+        head = unadapted(self._head, self._targets.paths)
+        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, padding, head)
         self._decoder = Decoder(
             self._base,
             tree,
@@ -75,7 +75,7 @@ class Engine:
             config.memory,
             batched=batched,
             fused=self._fused,
-            ends=serve_ends(tree, ends),
+            head=serve_places(tree, head),
         )
         self._planner = Planner(config.training.share, config.training.slice_ms / 1000)
         self._foundation = Foundation(self._base, self._targets, self._encoder, home)
@@ -264,7 +264,7 @@ class Engine:
             return False
         started = time.perf_counter()
         self._act(action)
-        self._planner.charge(action, time.perf_counter() - started)
+        self._planner.charge(action, time.perf_counter() - started, self._task.under_way_s if self._task else 0.0)
         return True
 
     def _act(self, action: Action) -> None:
@@ -273,7 +273,7 @@ class Engine:
             if action is Action.BACKGROUND:
                 self._background()
             else:
-                self._decoder.step(newcomers=action is Action.GENERATE)
+                self._decoder.step(newcomers=action is Action.GENERATE, beside=self._task is not None)
         except Exception as error:
             log.exception("the engine failed in a step")
             if action is Action.BACKGROUND:

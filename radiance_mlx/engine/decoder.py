@@ -19,7 +19,7 @@ from ..config.schema import MemorySection, ServingSection
 from ..errors import Busy, InternalError, NotReady, PromptTooLong, RadianceError
 from ..lora.bank import BASE_SLOT, AdapterWeights, Bank
 from ..lora.encoding import ChatEncoder
-from ..lora.halves import halves_here
+from ..lora.halves import halved
 from ..lora.head import TargetRows
 from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
@@ -81,12 +81,12 @@ class Decoder:
         *,
         batched: bool = True,
         fused: FusedStable | None = None,
-        ends: TargetRows | None = None,
+        head: TargetRows | None = None,
     ) -> None:
         self._base, self._weights, self._encoder = base, weights, encoder
         self._bank, self._serving, self._memory = bank, serving, memory
         self._batch = serving.max_batch if batched else 1
-        self._model = BankModel(tree, bank.rows, fused, ends)
+        self._model = BankModel(tree, bank.rows, fused, head)
         self._context = min(base.context, serving.max_context or base.context)
         self._slots = Slots(bank.slots)
         self._prompts = PromptCache(int(serving.prompt_cache_mb * 2**20))
@@ -95,6 +95,7 @@ class Decoder:
         self._active: dict[int, _Sequence] = {}  # by the generator's uid
         self._uid_of: dict[int, int] = {}  # request number → uid
         self._live_version: tuple[str, int] | None = None
+        self._beside = False
         self._generator = self._new_generator()
 
     def _new_generator(self) -> JoiningGenerator:
@@ -105,8 +106,8 @@ class Decoder:
             completion_batch_size=self._batch,
             prefill_batch_size=min(8, self._batch),
             prefill_step_size=self._serving.prefill_step_size or prefill_here(),
-            threads_for=threads_here if self._serving.decode_threads == "auto" else lambda rows: 0,
-            halved=self._serving.halves == "auto" and halves_here(),
+            threads_for=self._threads,
+            halved=halved(self._serving.halves),
             stream=mx.default_stream(mx.default_device()),
         )
         if not self._memory.wired:
@@ -208,8 +209,12 @@ class Decoder:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def step(self, *, newcomers: bool = True) -> None:
-        """Admit, prefill, draw; without `newcomers` draw only. A fault in the model ends the requests it hit."""
+    def step(self, *, newcomers: bool = True, beside: bool = False) -> None:
+        """Admit, prefill, draw; without `newcomers` draw only. A fault in the model ends the requests it hit.
+
+        `beside`: something is computed in the background, too.
+        """
+        self._beside = beside
         if newcomers:
             self._admit()
         if not self._active:
@@ -218,6 +223,9 @@ class Decoder:
             sequence = self._active.get(response.uid)
             if sequence is not None:
                 self._advance(response, sequence)
+
+    def _threads(self, rows: int) -> int:
+        return threads_here(rows, beside=self._beside) if self._serving.decode_threads == "auto" else 0
 
     def _admit(self) -> None:
         held: deque[tuple[int, _Sequence]] = deque()

@@ -18,11 +18,11 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..lora.bank import AdapterWeights, Bank
-from ..lora.head import TargetRows, serve_ends
+from ..lora.head import TargetRows, serve_places
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
-from .products import pad_rows
+from .products import UNKNOWN, Best, pad_rows
 from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
@@ -40,15 +40,15 @@ class FusedStable:
         bank: Bank,
         mode: Literal["auto", "off", "always"],
         room: Callable[[], int],
-        grain: int = 1,
-        ends: TargetRows | None = None,
+        padding: Best = UNKNOWN,
+        base_head: TargetRows | None = None,
     ) -> None:
-        """`room` tells how many bytes may still be taken for it; `grain` is what rows are padded to.
+        """`room` tells how many bytes may still be taken for it; `padding` is how rows are padded.
 
-        `ends` is the base's head, if it takes single places: that of the tree does, too.
+        Where `base_head` takes single places, `head`, that of the tree, does, too.
         """
-        self._grain, self._head = grain, ends
-        self.ends: TargetRows | None = None
+        self._padding, self._base_head = padding, base_head
+        self.head: TargetRows | None = None
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
         self._worth: bool | None = None  # of quantised weights, as far as it has been measured
@@ -70,7 +70,7 @@ class FusedStable:
         self._let_go("training needs the memory")
 
     def _let_go(self, why: str) -> None:
-        self.name = self.tree = self.ends = self._folding = None
+        self.name = self.tree = self.head = self._folding = None
         self.nbytes, self.why_not = 0, why
 
     @property
@@ -129,8 +129,8 @@ class FusedStable:
         tree = copy.deepcopy(self._base)
         tree.update_modules(tree_unflatten(folded))
         tree.eval()
-        pad_rows(tree, self._grain)
-        self.ends = serve_ends(tree, self._head)
+        pad_rows(tree, self._padding)
+        self.head = serve_places(tree, self._base_head)
         self.name, self.tree, self.why_not = name, tree, ""
 
     def _measure(self, modules: dict[str, nn.Module], adapter: AdapterWeights) -> Iterator[Piece]:

@@ -43,7 +43,8 @@ class JoiningBatch(GenerationBatch):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._fresh: list[bool] = []
-        self._joined = False  # whether what is read next is somebody's first token
+        self._beside: list[mx.array] = []  # what is to be computed with the tokens that are read next
+        self._first_is_next = False  # whether what is read next is somebody's first token
         self._put_off = mx.default_device() == mx.cpu
         super().__init__(*args, **kwargs)
         self._fresh = [True] * len(self.uids)
@@ -55,25 +56,35 @@ class JoiningBatch(GenerationBatch):
         """
         if len(self._fresh) < len(self.uids):  # under construction: the first step is everybody's next one
             return [], []
-        mx.async_eval(self._next_tokens)  # if that was put off
+        self.begin()  # if that was put off
         inputs = self._next_tokens
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        self._next_tokens = self.fallback_sampler(logits)
-        if not (self._put_off and self._joined):
-            mx.async_eval(self._next_tokens)
-        self._joined = any(self._fresh)
+        self.drawn(self.fallback_sampler(logits))
+        if not (self._put_off and self._first_is_next):
+            self.begin()
+        self._first_is_next = any(self._fresh)
         read = inputs.tolist()
         for tokens, token in zip(self.tokens, read, strict=True):
             tokens.append(token)
         return read, []
 
-    def begun(self) -> None:
+    def drawn(self, tokens: mx.array) -> None:
+        """What is read next are `tokens`, which the sampler has just drawn; they are not begun yet."""
+        self._next_tokens, self._beside = tokens, list(getattr(self.fallback_sampler, "beside", ()))
+
+    def begin(self) -> None:
+        """Begin to compute what is read next; what is under way already stays so."""
+        mx.async_eval(self._next_tokens, *self._beside)
+        self._beside = []
+
+    def gets_first(self) -> None:
         """What is read next is everybody's first token."""
-        self._fresh, self._joined = [False] * len(self.uids), True
+        self._fresh, self._first_is_next = [False] * len(self.uids), True
 
     def extend(self, batch: "JoiningBatch") -> None:
         """Take in the sequences of `batch`."""
-        self._joined = self._joined or batch._joined
+        self._first_is_next = self._first_is_next or batch._first_is_next
+        self._beside += batch._beside
         self._fresh.extend(batch._fresh)
         super().extend(batch)
         self._current_tokens = None  # nothing reads it here, and it has another batch's rows
@@ -128,31 +139,33 @@ class JoiningPrompts(PromptProcessingBatch):
     def prompt(self, tokens: list[list[int]]) -> None:
         """Compute the next tokens of each sequence."""
         if tokens:
-            self._compute(tokens, ends=False)
+            self._compute(tokens, to_the_end=False)
 
     def finish(self, tokens: list[list[int]]) -> JoiningBatch:
         """Compute the last tokens of all sequences, of which none is left here, and draw what follows."""
-        logits = mx.concatenate(self._compute(tokens, ends=True))
+        logits = mx.concatenate(self._compute(tokens, to_the_end=True))
         self.model.draws_next(self.prompt_cache, mx.array([part[-1:] for part in tokens]))
-        batch = self._become(self.fallback_sampler(logits).astype(mx.uint32))
-        batch.begun()
+        drawn = self.fallback_sampler(logits).astype(mx.uint32)
+        batch = self._become(drawn)
+        batch.drawn(drawn)
+        batch.gets_first()
         return batch
 
-    def _compute(self, tokens: list[list[int]], *, ends: bool) -> list[mx.array]:
-        """With `ends`, the logits after all `tokens`, of one part of the sequences after the other."""
+    def _compute(self, tokens: list[list[int]], *, to_the_end: bool) -> list[mx.array]:
+        """With `to_the_end`, the logits after all `tokens`, of one part of the sequences after the other."""
         middle = len(tokens) // 2
         if not self.halved or not middle or len(tokens) * max(map(len, tokens)) < WORTH_HALVING:
             use_threads()
-            states, logits = self._begin(tokens, ends)
+            states, logits = self._begin(tokens, to_the_end)
             mx.eval(states, logits)
             mx.clear_cache()
             return logits
         use_threads(1)
         other, (own, more) = self._take_off(middle), streams()
         with mx.stream(own):
-            mine, logits = self._begin(tokens[:middle], ends)
+            mine, logits = self._begin(tokens[:middle], to_the_end)
         with mx.stream(more):
-            others, more_logits = other._begin(tokens[middle:], ends)
+            others, more_logits = other._begin(tokens[middle:], to_the_end)
         for both in zip(mine, others, strict=True):  # layer by layer: MLX begins only so much at a time
             mx.async_eval(both)
         mx.eval(mine, others, logits, more_logits)
@@ -170,8 +183,8 @@ class JoiningPrompts(PromptProcessingBatch):
             self.prompt_cache.append(_rows(cache, 0, middle))
         return other
 
-    def _begin(self, tokens: list[list[int]], ends: bool) -> tuple[list[Any], list[mx.array]]:
-        """The prompt cache's states, layer by layer, and with `ends` the logits after `tokens`; not evaluated."""
+    def _begin(self, tokens: list[list[int]], to_the_end: bool) -> tuple[list[Any], list[mx.array]]:
+        """The prompt cache's states, layer by layer, and with `to_the_end` the logits after `tokens`; not evaluated."""
         for known, more in zip(self.tokens, tokens, strict=True):
             known += more
         lengths = [len(part) for part in tokens]
@@ -182,7 +195,7 @@ class JoiningPrompts(PromptProcessingBatch):
             for cache in self.prompt_cache:
                 cache.prepare(lengths=lengths, right_padding=padding)
         logits = []
-        if ends:
+        if to_the_end:
             places = mx.array([row * longest + length - 1 for row, length in enumerate(lengths)])
             logits.append(self.model.at(mx.array(tokens), self.prompt_cache, places))
         else:
@@ -243,7 +256,7 @@ class JoiningGenerator(BatchGenerator):
     def begin(self) -> None:
         """Begin the step that was put off, if one was."""
         if len(self._generation_batch):
-            mx.async_eval(self._generation_batch._next_tokens)
+            self._generation_batch.begin()
 
     def decode(self) -> list[GenerationBatch.Response]:
         """As `next`, for those alone that are `decoding`: prompts stay where they are."""
@@ -275,7 +288,7 @@ class JoiningGenerator(BatchGenerator):
         """
         fits = (max(lengths) + 1) * len(lengths) <= WIDER * self.prefill_step_size
         there = all(len(segments) == 2 and len(segments[1]) == 1 for segments, *_ in self._currently_processing)
-        return fits and there and not len(self._generation_batch) and getattr(self.model, "has_ends", False)
+        return fits and there and not len(self._generation_batch) and getattr(self.model, "takes_places", False)
 
     def _width(self, lengths: list[int]) -> int:
         """Tokens that the next pass takes of each prompt, of which so many are left.

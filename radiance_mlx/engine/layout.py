@@ -1,7 +1,8 @@
 """How a base's weights lie in memory on the CPU.
 
-x Wᵀ of few rows x is bound by how OpenBLAS copies W into its own order, and it copies a third faster where W lies
-transposed (docs/benchmarks.md). Only the order in memory changes: shapes, values and whoever reads them do not.
+x Wᵀ of few rows x is bound by how OpenBLAS copies W into its own order, and its kernels with AVX2 copy a third faster
+where W lies transposed, those with AVX-512 slower (docs/benchmarks.md). Only the order in memory changes: shapes,
+values and whoever reads them do not.
 """
 
 import mlx.core as mx
@@ -9,13 +10,13 @@ import mlx.nn as nn
 
 from .. import blas
 
-#: threads of OpenBLAS with which it was measured
-MEASURED = (1, 2)
+#: threads of OpenBLAS with which it was measured, and its cores that gain by it
+MEASURED, GAINING = (1, 2), ("Haswell", "Zen")
 
 
 def transpose_here() -> bool:
     """Whether the default device multiplies faster by transposed weights."""
-    return blas.threads() in MEASURED and mx.default_device() == mx.cpu
+    return blas.threads() in MEASURED and blas.core() in GAINING and mx.default_device() == mx.cpu
 
 
 def transpose_weights(model: nn.Module) -> None:

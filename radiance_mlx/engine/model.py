@@ -19,6 +19,7 @@ from ..config.bases import resolve
 from ..errors import ConfigError, ModelError, RadianceError
 from ..lora.encoding import ChatEncoder
 from .layout import transpose_here, transpose_weights
+from .sigmoid import powers_here, use_powers
 
 _SAMPLE = 1 << 20
 
@@ -38,6 +39,7 @@ class BaseModel:
 def load_base(config: Config, *, cpu: bool) -> BaseModel:
     """Load `config.base_model`; on the CPU floating weights become float32 (half precision is slow there).
 
+    How sigmoids are computed is set for the whole process.
     Raises `ConfigError` if what is configured names no model, else `ModelError`: what was looked for, and where.
     """
     where = resolve(config.base_model)
@@ -60,6 +62,7 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
         module.set_dtype(mx.float32)
         if config.serving.transpose == "auto" and transpose_here():
             transpose_weights(module)
+    use_powers(config.serving.sigmoid == "auto" and powers_here())
     module.freeze()
     module.eval()
     mx.eval(module.parameters())

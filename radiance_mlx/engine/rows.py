@@ -120,18 +120,18 @@ class BankModel(nn.Module):
     """
 
     def __init__(
-        self, tree: nn.Module, rows: ActiveRows, fused: FusedStable | None = None, ends: TargetRows | None = None
+        self, tree: nn.Module, rows: ActiveRows, fused: FusedStable | None = None, head: TargetRows | None = None
     ) -> None:
-        """`ends` is the tree's output head, where it takes single places; None: it cannot be told to."""
+        """`head` is that of `tree`, where it takes single places; None: it cannot be told to."""
         super().__init__()
         self.tree = tree
-        self._active, self._fused, self._ends = rows, fused, ends
+        self._active, self._fused, self._head = rows, fused, head
         self.current: RowEntry | None = None
 
     @property
-    def has_ends(self) -> bool:
+    def takes_places(self) -> bool:
         """Whether there is `at`: not once an adapter has come of which the head is a part."""
-        return unadapted(self._ends, self._active.paths) is not None
+        return unadapted(self._head, self._active.paths) is not None
 
     @property
     def layers(self) -> Any:
@@ -150,13 +150,10 @@ class BankModel(nn.Module):
     def at(self, tokens: mx.array, cache: list[Any], places: mx.array) -> mx.array:
         """The logits (n, vocabulary) after n of `tokens`, (rows, length), whose flat indices `places` (n,) are."""
         entry = cache[-1]
-        tree, ends = self._answering(entry)
-        assert ends is not None
-        ends.positions, ends.narrows = places, entry.slots is None  # a bank's linear must know whose row is where
-        try:
+        tree, head = self._answering(entry)
+        assert head is not None
+        with head.only_at(places, narrows=entry.slots is None):  # a bank's linear must know whose row is where
             return tree(tokens, cache=cache[:-1])[0]
-        finally:
-            ends.positions = None
 
     def draws_next(self, cache: list[Any], last: mx.array) -> None:
         """What is drawn next are tokens for all rows of `cache` after their `last`, (rows, 1)."""
@@ -169,16 +166,20 @@ class BankModel(nn.Module):
 
     def _answering(self, entry: RowEntry) -> tuple[nn.Module, TargetRows | None]:
         if self._fused and self._fused.tree and entry.checkpoint == self._fused.name:
-            return self._fused.tree, self._fused.ends
+            return self._fused.tree, self._fused.head
         self._active.slots = entry.slots
-        return self.tree, self._ends
+        return self.tree, self._head
 
 
 class RowSampler:
-    """Draws one token for each row of the batch that the model has just run."""
+    """Draws one token for each row of the batch that the model has just run.
+
+    `beside` are the arrays, other than these tokens, that are to be computed with them.
+    """
 
     def __init__(self, model: BankModel) -> None:
         self._model = model
+        self.beside: list[mx.array] = []
 
     def __call__(self, logits: mx.array) -> mx.array:
         """(rows, vocabulary) logits → (rows,) tokens."""
@@ -189,8 +190,7 @@ class RowSampler:
             assert entry.inputs is not None
             drawn_from = shaped(logits, entry.shaped, entry.inputs[:, -1], [row.drawn for row in entry.rows])
         tokens = self._draw(drawn_from, entry)
-        if entry.told:
-            tell(logits, tokens, entry.told)
+        self.beside = tell(logits, tokens, entry.told) if entry.told else []
         return tokens
 
     def _draw(self, logits: mx.array, entry: RowEntry) -> mx.array:

@@ -18,6 +18,7 @@ from ..errors import Cancelled, CheckpointDamaged, ModelError, StoreError, Train
 from ..evaluation.plan import Plan
 from ..lora import files
 from ..lora.bank import AdapterWeights
+from ..lora.halves import halved
 from ..lora.head import TargetRows
 from ..lora.ranks import Ranks
 from ..lora.step import Piece
@@ -30,6 +31,7 @@ from .foundation import Foundation
 from .kept_state import KeptState
 from .metrics import training_metrics
 from .preparing import Preparation, fitted
+from .products import use_threads
 from .slices import Slices
 
 Report = Callable[[Progress], None]
@@ -96,7 +98,7 @@ class TrainingTask:
         """What a kept state must have in common with this batch to be gone on from."""
         config = self._config
         facts: list[Any] = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
-        facts.append(config.model.chat_template_args)
+        facts += [config.model.chat_template_args, halved(config.training.halves)]  # halves are summed in another order
         chosen = (config.lora, config.training, config.replay, config.rehearsal)
         sections = [section.model_dump(exclude={"ask_ahead"}) for section in chosen]  # when it is asked changes nothing
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
@@ -158,6 +160,11 @@ class TrainingTask:
         """The weights as they are now."""
         return self._trainer.tree.adapter()
 
+    @property
+    def under_way_s(self) -> float:
+        """About how long what the last slice has begun will still take."""
+        return self._slices.under_way_s
+
     def slice(self, seconds: float) -> TrainResult | None:
         """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
         return self._result() if self._slices.run(seconds) else None
@@ -188,11 +195,15 @@ class TrainingTask:
         """Train, and measure the loss of what answers; train on while that is too high and there are extensions."""
         while True:
             trainer.tree.set_scale(self._config.lora.scale)
-            yield from trainer.run() if self._sliced else run_whole(trainer, self._after_step)
+            yield from trainer.run() if self._sliced else self._run_whole(trainer)
             trainer.tree.set_scale(self._served_scale)
             yield from trainer.evaluate_all(self._final)
             if not trainer.extend(self._final[-1]):
                 return
+
+    def _run_whole(self, trainer: Trainer) -> Iterator[Piece]:
+        use_threads()  # decoding may have left fewer, and this is evaluated by itself
+        yield from run_whole(trainer, self._after_step)
 
     def _validate(self) -> Iterator[Piece]:
         """The loss of examples that were not learnt."""

@@ -77,8 +77,12 @@ class StepLogprobs:
         if likeliest:
             best = mx.argpartition(-logprobs, likeliest - 1, axis=-1)[:, :likeliest]
             self._top = best, mx.take_along_axis(logprobs, best, axis=-1)
-        mx.async_eval(tokens, self._own, *(self._top or ()))
         self._lists: tuple[list[list[float]], list[list[tuple[int, float]]]] | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What `read` reads."""
+        return [self._own, *(self._top or ())]
 
     def read(self, place: int, likeliest: int) -> tuple[float, list[tuple[int, float]]]:
         """Row `place`: its token's, and the `likeliest` ones."""
@@ -100,10 +104,11 @@ def shaped(logits: mx.array, rows: Placed, last: mx.array, drawn: Sequence[int])
     return logits.astype(mx.float32).at[places].add(mx.stack(changes))
 
 
-def tell(logits: mx.array, tokens: mx.array, rows: Placed) -> None:
-    """Keep this step's log-probabilities for `rows`."""
+def tell(logits: mx.array, tokens: mx.array, rows: Placed) -> list[mx.array]:
+    """Keep this step's log-probabilities for `rows`; the arrays that are to be computed with the step."""
     places = mx.array([place for place, _ in rows])
     most = max(wish.logprobs or 0 for _, wish in rows)
     step = StepLogprobs(logits[places], tokens[places], most)
     for place, (_, wish) in enumerate(rows):
         wish.steps.append((step, place))
+    return step.arrays

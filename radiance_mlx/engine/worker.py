@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..config import Config
 from ..errors import ConfigError, RankLost
-from ..lora.halves import halves_here
+from ..lora.halves import halved
 from ..lora.head import install_head
 from ..lora.ranks import Wire, own_part, split_up
 from ..lora.step import LossFunction, MicroBatch
@@ -77,6 +77,6 @@ class _Steps:
             options = {name: lora[name] for name in ("rank", "scale", "dropout", "grad_checkpoint")}
             tree = make_tree(self._base.module, targets, seed=0, **options)
             head = install_head(tree.module, self._base.vocab_size, narrow=not lora["grad_checkpoint"])
-            halved = lora["halves"] == "auto" and halves_here()
-            self._micro, self._made_as = MicroBatch(tree, LossFunction(tree, head), halved=halved), made_as
+            self._micro = MicroBatch(tree, LossFunction(tree, head), halved=halved(lora["halves"]))
+            self._made_as = made_as
         return self._micro

@@ -25,6 +25,11 @@ def halves_here() -> bool:
     return blas.threads() == MEASURED and blas.can_use_fewer() and mx.default_device() == mx.cpu
 
 
+def halved(setting: str) -> bool:
+    """Whether `setting`, auto or off, means halves on the default device."""
+    return setting == "auto" and halves_here()
+
+
 class _Streams(threading.local):
     """Those of one thread: no other may use them."""
 

@@ -6,7 +6,8 @@ can be the head, it is used; otherwise (`install_head` gives None) the full head
 each position by itself is then done to those rows only, too: nobody looks at the others any more.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,15 +62,21 @@ class TargetRows:
         y = function(x.reshape(-1, x.shape[-1])[self.positions][None])[0]
         return mx.zeros((x.shape[0] * x.shape[1], y.shape[-1]), y.dtype).at[self.positions].add(y).reshape(x.shape)
 
+    @contextlib.contextmanager
+    def only_at(self, positions: mx.array, *, narrows: bool = True) -> Iterator[None]:
+        """Inside, logits are computed at `positions` only; nothing is held afterwards."""
+        self.positions, self.narrows = positions, narrows
+        try:
+            yield
+        finally:
+            self.positions = self._taken = None
+
     def hidden(self, module: nn.Module, inputs: mx.array, positions: mx.array) -> mx.array:
         """What the head of `module` is given at `positions`, (n, dims); its logits are not computed."""
-        self.positions = positions
-        try:
+        with self.only_at(positions):
             module(inputs)
             assert self._taken is not None
             return self._taken[0]
-        finally:
-            self.positions = self._taken = None
 
 
 def install_head(tree: nn.Module, vocab_size: int, *, narrow: bool = True) -> TargetRows | None:
@@ -131,7 +138,7 @@ def unadapted(head: TargetRows | None, adapted: Iterable[str]) -> TargetRows | N
     return None if found is None or set(found.candidates) & set(adapted) else head
 
 
-def serve_ends(tree: nn.Module, head: TargetRows | None) -> TargetRows | None:
+def serve_places(tree: nn.Module, head: TargetRows | None) -> TargetRows | None:
     """Have `tree`, which answers, compute logits at single places when it is asked to, as the base's `head` can."""
     return None if head is None or head.found is None else install_found(tree, head.vocab_size, head.found)
 

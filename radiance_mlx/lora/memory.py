@@ -17,6 +17,7 @@ from ..config.schema import TrainingSection
 from ..errors import NotEnoughMemory
 from .batches import padded
 from .encoding import Encoded
+from .halves import halved
 from .head import TargetRows
 from .head_loss import chunk_rows
 from .targets import EXPERTS, LINEAR, Targets, input_dims, layer_paths
@@ -86,7 +87,7 @@ def estimate(
     activations += _SCORES_AT_WORK * max(scores)
     targeted = tokens if head is None else max(sum(e.targets for e in rows), together)
     if head is not None and head.project is not None:
-        targeted = min(targeted, chunk_rows(vocab_size))
+        targeted = min(targeted, (2 if halved(settings.halves) else 1) * chunk_rows(vocab_size))
     shapes = [(input_dims(m), m.weight.shape[0]) for path, m in _linears(model) if path in set(targets.paths)]
     adapter = sum(4 * rank * (width_in + width_out) for width_in, width_out in shapes)
     best = settings.patience > 0  # weights and optimizer of the best evaluation are kept

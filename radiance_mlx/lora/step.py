@@ -56,11 +56,8 @@ def target_logits(module: nn.Module, head: TargetRows | None, batch: Batch) -> t
     if head is None:
         full = module(inputs)
         return full.reshape(-1, full.shape[-1])[mx.array(positions)], targets
-    head.positions = mx.array(positions)
-    try:
+    with head.only_at(mx.array(positions)):
         return module(inputs)[0], targets
-    finally:
-        head.positions = None
 
 
 def quiet_logits(

@@ -22,7 +22,7 @@ from ..errors import TrainingFailed
 from .batches import Batch, fit_to_data
 from .encoding import Encoded
 from .focus import focus_steps, hardest, row_losses
-from .halves import halves_here
+from .halves import halved
 from .head import TargetRows
 from .holdout import Best, Holdout
 from .measured import mean_loss, require_finite
@@ -106,10 +106,10 @@ class Trainer:
         self._focuses: dict[int, list[int]] = {}  # from which step on which of the replayed rows come
         self._on_step = on_step
         self._loss = LossFunction(tree, head)
-        halved = settings.halves == "auto" and halves_here()
-        self._micro = MicroBatch(tree, self._loss, halved=halved)
+        in_halves = halved(settings.halves)
+        self._micro = MicroBatch(tree, self._loss, halved=in_halves)
         rehearsed = RehearsalLoss(tree, head, self.rehearsal.kl_weight if self.rehearsal else 0.0)
-        self._rehearse = MicroBatch(tree, rehearsed, summed=True, seen_often=False, halved=halved)
+        self._rehearse = MicroBatch(tree, rehearsed, summed=True, seen_often=False, halved=in_halves)
         self._seconds = 0.0
 
     @property

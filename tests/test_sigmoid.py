@@ -1,0 +1,81 @@
+"""Sigmoids by powers of two: the same numbers and slopes as MLX's, and only where they are wished for."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+
+from radiance_mlx.engine import sigmoid as module
+from radiance_mlx.engine.sigmoid import powers_here, sigmoid, use_powers
+
+OWN = module._own
+#: among them what overflows a power, and what is no number
+VALUES = [-np.inf, -2e4, -130.0, -88.0, -20.0, -1e-4, -0.0, 0.0, 1e-30, 0.3, 17.0, 90.0, 2e4, np.inf, np.nan]
+
+
+@pytest.fixture
+def _restored():
+    before = mx.sigmoid
+    mx.disable_compile()  # as the service does on the CPU
+    yield
+    mx.sigmoid = before
+
+
+def test_it_is_the_sigmoid_to_rounding():
+    """Of 100,000 numbers and of the odd ones, as exact as MLX's own against 64 bits."""
+    x = np.concatenate([np.random.default_rng(0).normal(0, 6, 100_000), VALUES]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+    found, own = np.array(sigmoid(mx.array(x))), np.array(OWN(mx.array(x)))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=2e-7)
+    near = np.abs(x) < 30
+    off = [np.abs(values - exact)[near] / exact[near] for values in (found, own)]
+    assert off[0].max() <= 4 * off[1].max()
+
+
+def test_its_slope_is_that_of_the_sigmoid():
+    """Also where it is flat."""
+    x = mx.array(np.array([v for v in VALUES if np.isfinite(v)], dtype=np.float32))
+    above = mx.random.normal(x.shape, key=mx.random.key(1))
+    [found], [own] = (mx.vjp(lambda x, f=f: x * f(x), [x], [above])[1] for f in (sigmoid, OWN))
+    assert mx.allclose(found, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [mx.bfloat16, mx.float16])
+def test_half_precision_is_left_to_mlx(kind):
+    """An exponent rounded to eight bits would be a power that is a percent off."""
+    x = mx.arange(-9, 9, 0.25).astype(kind)
+    assert mx.array_equal(sigmoid(x), OWN(x))
+    assert sigmoid(x).dtype == kind
+
+
+@pytest.mark.usefixtures("_restored")
+def test_models_use_it_while_it_is_wished_for(monkeypatch):
+    """mlx-lm's SiLU is made of it, training included; off is MLX's own."""
+    model, tokens, used = tiny.model(), mx.array([[1, 5, 9]]), []
+    use_powers(False)
+    own = model(tokens)
+    real = module._by_power
+    monkeypatch.setattr(module, "_by_power", lambda x: used.append(x.shape) or real(x))
+    use_powers(True)
+    assert mx.allclose(model(tokens), own, rtol=1e-4, atol=1e-5)
+    assert len(used) == len(model.layers)
+    use_powers(False)
+    assert mx.array_equal(model(tokens), own)
+    assert mx.sigmoid is OWN
+    assert mx.array_equal(nn.silu(own), own * OWN(own))
+
+
+def test_where_it_is_done(monkeypatch):
+    """On the CPU of an x86 machine: Apple's have vector code, and so have graphics processors."""
+    for machine, device, pays in (
+        ("x86_64", mx.cpu, True),
+        ("AMD64", mx.cpu, True),
+        ("arm64", mx.cpu, False),
+        ("aarch64", mx.cpu, False),
+        ("x86_64", mx.gpu, False),
+    ):
+        monkeypatch.setattr(module.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        assert powers_here() is pays
