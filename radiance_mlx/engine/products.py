@@ -22,7 +22,7 @@ class Best:
     """What was measured to be fastest with two threads. Rows are filled up to a multiple of `grain`.
 
     With fewer than `least` in the last block they are not: other code of the library computes them as fast. From the
-    first to the last number of rows in `alone` one thread decodes; in `beside`, while there is something in the background.
+    first to the last number of rows in `alone` one thread decodes; in `beside`, while the background has work.
     """
 
     grain: int
