@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import BatchGenerator
 
+from radiance_mlx.engine import generation
 from radiance_mlx.engine.generation import JoiningGenerator, prefill_here
 from radiance_mlx.engine.rows import BankModel
 from radiance_mlx.lora.bank import Bank
@@ -178,6 +179,28 @@ def test_prompts_that_nobody_has_to_wait_for_give_their_first_tokens_themselves(
     while len(tokens[late]) < 12:
         go_on()
     assert list(tokens.values()) == [expected[0], expected[1], expected[3]]
+
+
+@pytest.mark.parametrize("reads_first", [True, False])
+def test_beside_training_tokens_are_told_before_the_next_step_is_begun(model, expected, monkeypatch, reads_first):
+    """They would wait for the slice that lies between; begun it is when its turn comes. Answers are the same."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)  # elsewhere a step that is begun holds nobody up
+    tree = tiny.alone(model, None)
+    bank = Bank(tree, find_targets(model, tiny.ATTENTION).paths, 2, 4)
+    served = BankModel(tree, bank.rows, head=tiny.served_head(tree, model))
+    running, begun, real = tiny.bank_generator(served), [], generation.JoiningBatch.begin
+    monkeypatch.setattr(generation.JoiningBatch, "begin", lambda self: begun.append(self) or real(self))
+    running.read_first(reads_first)
+    uids = tiny.ask(running, served, PROMPTS[:3], [tiny.greedy()] * 3, 12)
+    said, steps = {uid: [] for uid in uids}, []
+    while not steps or steps[-1]:
+        begun.clear()
+        steps.append(running.next()[1])
+        for response in steps[-1]:
+            said[response.uid].append(response.token)
+        if 1 < len(steps) < 12:
+            assert len(begun) == (1 if reads_first else 2)  # this step's, and the next one's
+    assert list(said.values()) == expected[:3]
 
 
 def test_the_kept_cache_of_an_ended_sequence_goes_on_where_it_was(model, expected):

@@ -215,6 +215,7 @@ class Decoder:
         `beside`: something is computed in the background, too.
         """
         self._beside = beside
+        self._generator.read_first(beside)
         if newcomers:
             self._admit()
         if not self._active:

@@ -45,6 +45,7 @@ class JoiningBatch(GenerationBatch):
         self._fresh: list[bool] = []
         self._beside: list[mx.array] = []  # what is to be computed with the tokens that are read next
         self._first_is_next = False  # whether what is read next is somebody's first token
+        self.reads_first = False  # before it begins a step, whoever's tokens they are
         self._put_off = mx.default_device() == mx.cpu
         super().__init__(*args, **kwargs)
         self._fresh = [True] * len(self.uids)
@@ -52,7 +53,8 @@ class JoiningBatch(GenerationBatch):
     def _step(self) -> tuple[list[int], list[mx.array]]:
         """Start on the next tokens, then read those that were started before: (tokens, no log-probabilities).
 
-        On the CPU, MLX goes on from a start only when most of it is computed: somebody's first token is read before.
+        On the CPU, MLX goes on from a start only when most of it is computed: somebody's first token is read before. So
+        is every token with `reads_first`: what is read late would wait for the slice between two steps, too.
         """
         if len(self._fresh) < len(self.uids):  # under construction: the first step is everybody's next one
             return [], []
@@ -60,7 +62,7 @@ class JoiningBatch(GenerationBatch):
         inputs = self._next_tokens
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         self.drawn(self.fallback_sampler(logits))
-        if not (self._put_off and self._first_is_next):
+        if not (self._put_off and (self._first_is_next or self.reads_first)):
             self.begin()
         self._first_is_next = any(self._fresh)
         read = inputs.tolist()
@@ -257,6 +259,10 @@ class JoiningGenerator(BatchGenerator):
         """Begin the step that was put off, if one was."""
         if len(self._generation_batch):
             self._generation_batch.begin()
+
+    def read_first(self, wanted: bool) -> None:
+        """Whether tokens are read before the step after them is begun: sooner, but with nothing computed meanwhile."""
+        self._generation_batch.reads_first = wanted
 
     def decode(self) -> list[GenerationBatch.Response]:
         """As `next`, for those alone that are `decoding`: prompts stay where they are."""

@@ -1,7 +1,4 @@
-"""A run of pieces, evaluated as many as fit into a slice, without a pause between them, nor one after it.
-
-What is begun last still computes when a slice ends: whoever comes next builds a graph of its own meanwhile.
-"""
+"""A run of pieces, evaluated as many as fit into a slice, without a pause between them."""
 
 import time
 from collections import deque
@@ -26,18 +23,9 @@ class Slices:
         self._next: Piece | None = None  # taken already, for a group of its own kind
         self._s_per_piece = 0.02  # few at a time until some have been timed
         self._begun: deque[list[Piece]] = deque()
-        self._untimed = 0  # of these, how many are of the slice before: others have computed meanwhile
-
-    @property
-    def under_way_s(self) -> float:
-        """About how long what is begun will still take, in seconds."""
-        return self._s_per_piece * sum(map(len, self._begun))
 
     def run(self, seconds: float) -> bool:
-        """Work for about `seconds`, what is left under way included; whether all is done, and nothing is.
-
-        Raises what the maker raises, with nothing under way.
-        """
+        """Work for about `seconds`; whether all is done. Raises what the maker raises, with nothing under way."""
         try:
             return self._run(seconds)
         except BaseException:
@@ -47,17 +35,19 @@ class Slices:
 
     def _run(self, seconds: float) -> bool:
         self._last = time.perf_counter()
-        ends, self._untimed = self._last + seconds, len(self._begun)
+        ends = self._last + seconds
         while True:
             self._check()
-            left = ends - time.perf_counter() - self.under_way_s
+            left = ends - time.perf_counter() - self._s_per_piece * sum(map(len, self._begun))
             group, finished = self._take(max(1, int(min(GROUP_S, left) / self._s_per_piece)))
             self._begin(group)
-            alone = finished or group[-1].barrier or group[-1].pause
+            alone = finished or group[-1].barrier
             while len(self._begun) > (0 if alone else 1):
                 self._finish()
-            left = ends - time.perf_counter() - self.under_way_s
+            left = ends - time.perf_counter() - self._s_per_piece * sum(map(len, self._begun))
             if finished or left < self._s_per_piece or group[-1].pause:
+                while self._begun:
+                    self._finish()
                 return finished
 
     def _begin(self, group: list[Piece]) -> None:
@@ -72,9 +62,7 @@ class Slices:
         group = self._begun.popleft()
         mx.eval([piece.arrays for piece in group])
         now = time.perf_counter()
-        if self._untimed:
-            self._untimed -= 1
-        elif any(piece.arrays for piece in group):
+        if any(piece.arrays for piece in group):
             # the time of the maker's own work (building the graph) is in it: small groups are safe; so is
             # forgetting slowly what dear pieces cost, for after cheap ones the next group may be of such again
             each = (now - self._last) / len(group)
