@@ -192,13 +192,12 @@ def test_beside_training_tokens_are_told_before_the_next_step_is_begun(model, ex
     monkeypatch.setattr(generation.JoiningBatch, "begin", lambda self: begun.append(self) or real(self))
     running.read_first(reads_first)
     uids = tiny.ask(running, served, PROMPTS[:3], [tiny.greedy()] * 3, 12)
-    said, steps = {uid: [] for uid in uids}, []
-    while not steps or steps[-1]:
+    said = {uid: [] for uid in uids}
+    while any(len(tokens) < 12 for tokens in said.values()):
         begun.clear()
-        steps.append(running.next()[1])
-        for response in steps[-1]:
+        for response in running.next()[1]:
             said[response.uid].append(response.token)
-        if 1 < len(steps) < 12:
+        if all(1 < len(tokens) < 12 for tokens in said.values()):
             assert len(begun) == (1 if reads_first else 2)  # this step's, and the next one's
     assert list(said.values()) == expected[:3]
 

@@ -116,6 +116,19 @@ def test_a_run_that_is_ended_leaves_nothing_under_way():
     assert not slices._begun
 
 
+def test_a_slice_ends_with_its_last_pieces_under_way_and_a_run_with_none():
+    """The next slice goes on behind them; what a barrier ends is computed, and so is everything at the end."""
+    arrays = [mx.random.normal((200, 200)) for _ in range(12)]
+    slices = Slices((Piece([mx.tanh(x @ x)], barrier=number == 3) for number, x in enumerate(arrays)), lambda: None)
+    seen = []
+    while not slices.run(0.0):
+        seen.append(sum(map(len, slices._begun)))
+        assert (slices.under_way_s > 0) is (seen[-1] > 0 and len(seen) > 1)
+    assert seen[3] == 0
+    assert set(seen) == {0, 1}
+    assert not slices._begun
+
+
 def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):
     """A single row; few tokens; a half without a target."""
     rows = [Encoded(tuple(range(3, 43)), 30), Encoded(tuple(range(3, 43)), 20)]

@@ -104,6 +104,24 @@ def test_what_long_prompts_have_earned_is_not_taken_from_a_newcomer_in_one_row()
     assert waited <= 0.05 * (OVER + 1)
 
 
+@given(st.floats(0.05, 0.95), st.floats(0.005, 0.1), st.floats(0.0, 0.03))
+def test_what_a_slice_leaves_under_way_is_its_own_time(share, step_s, left_s):
+    """The step behind it waits for that, and is not charged for it: the split approaches `share` as if it had ended."""
+    planner, spent, left = Planner(share), dict.fromkeys(Action, 0.0), 0.0
+    for _ in range(4000):
+        action = planner.next(Load(3, 3, True))
+        if action is Action.BACKGROUND:
+            spent[action] += 0.05
+            planner.charge(action, 0.05 - left_s + left, left_s)  # after another slice it ends that one first
+            left = left_s
+        else:
+            spent[action] += step_s
+            planner.charge(action, step_s + left)
+            left = 0.0
+    total = sum(spent.values())
+    assert abs(spent[Action.BACKGROUND] / total - share) <= (step_s / (1 - share) + 0.05 / share) / total
+
+
 def test_newcomers_do_not_wait_for_a_slice_where_nobody_decodes():
     """Their prompts come right after the one that was under way; and with nobody new, steps are for all as ever."""
     planner = Planner(0.5)

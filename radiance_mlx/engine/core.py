@@ -264,7 +264,7 @@ class Engine:
             return False
         started = time.perf_counter()
         self._act(action)
-        self._planner.charge(action, time.perf_counter() - started)
+        self._planner.charge(action, time.perf_counter() - started, self._task.under_way_s if self._task else 0.0)
         return True
 
     def _act(self, action: Action) -> None:

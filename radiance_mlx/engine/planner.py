@@ -49,6 +49,7 @@ class Planner:
     def __init__(self, share: float, slice_s: float = 0.0) -> None:
         self._rate = share / (1.0 - share)  # seconds that each of a step earns the background
         self._slice_s = slice_s
+        self._under_way = 0.0  # seconds of background work that are charged already, and still go on
         self._owed = 0.0  # seconds of background work that the account allows; negative: paid back first
         self._sliced = 0.0  # seconds of background work since the last step
         self._earned = 0.0  # by a step without newcomers, the last time
@@ -86,8 +87,15 @@ class Planner:
             return self._slice_s
         return min(self._slice_s, max(self._slice_s, self._due) - self._sliced)
 
-    def charge(self, action: Action, seconds: float) -> None:
-        """Tell how long the last action took."""
+    def charge(self, action: Action, seconds: float, under_way_s: float = 0.0) -> None:
+        """Tell how long the last action took, and how long what a slice has left under way will still take.
+
+        That is the background's; what comes next waits for it.
+        """
+        waited = min(self._under_way, seconds)
+        seconds, self._under_way = seconds - waited, 0.0
+        if action is Action.BACKGROUND:
+            seconds, self._under_way = seconds + under_way_s, under_way_s
         if not self._contended:
             self._sliced = 0.0
             return

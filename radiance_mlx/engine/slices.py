@@ -1,4 +1,7 @@
-"""A run of pieces, evaluated as many as fit into a slice, without a pause between them."""
+"""A run of pieces, evaluated as many as fit into a slice, without a pause between them, nor one after it.
+
+What a slice has begun last still computes when it ends, and whoever comes next is begun behind it.
+"""
 
 import time
 from collections import deque
@@ -13,6 +16,8 @@ from .products import use_threads
 
 #: seconds of work that are begun together, as far as is known; one group computes while the next is made
 GROUP_S = 0.015
+#: in so little time between two slices nobody else has computed anything
+NOTHING_S = 0.001
 
 
 class Slices:
@@ -22,10 +27,21 @@ class Slices:
         self._pieces, self._check = pieces, check
         self._next: Piece | None = None  # taken already, for a group of its own kind
         self._s_per_piece = 0.02  # few at a time until some have been timed
+        self._mean_s = 0.0  # of a piece, over the last ones
         self._begun: deque[list[Piece]] = deque()
+        self._untimed = 0  # of these, how many are of a slice before, and others have computed meanwhile
+        self._last = self._returned = 0.0  # when a group was last finished, and a slice
+
+    @property
+    def under_way_s(self) -> float:
+        """About how long what is begun will still take, in seconds."""
+        return self._mean_s * sum(map(len, self._begun))
 
     def run(self, seconds: float) -> bool:
-        """Work for about `seconds`; whether all is done. Raises what the maker raises, with nothing under way."""
+        """Work for about `seconds`, what is left under way included; whether all is done, and nothing is under way.
+
+        Raises what the maker raises, with nothing under way.
+        """
         try:
             return self._run(seconds)
         except BaseException:
@@ -34,20 +50,21 @@ class Slices:
             raise
 
     def _run(self, seconds: float) -> bool:
-        self._last = time.perf_counter()
-        ends = self._last + seconds
+        now = time.perf_counter()
+        ends = now + seconds
+        if now - self._returned > NOTHING_S:
+            self._untimed, self._last = len(self._begun), now
         while True:
             self._check()
             left = ends - time.perf_counter() - self._s_per_piece * sum(map(len, self._begun))
             group, finished = self._take(max(1, int(min(GROUP_S, left) / self._s_per_piece)))
             self._begin(group)
-            alone = finished or group[-1].barrier
+            alone = finished or group[-1].barrier or group[-1].pause
             while len(self._begun) > (0 if alone else 1):
                 self._finish()
             left = ends - time.perf_counter() - self._s_per_piece * sum(map(len, self._begun))
             if finished or left < self._s_per_piece or group[-1].pause:
-                while self._begun:
-                    self._finish()
+                self._returned = time.perf_counter()
                 return finished
 
     def _begin(self, group: list[Piece]) -> None:
@@ -62,11 +79,14 @@ class Slices:
         group = self._begun.popleft()
         mx.eval([piece.arrays for piece in group])
         now = time.perf_counter()
-        if any(piece.arrays for piece in group):
+        if self._untimed:
+            self._untimed -= 1
+        elif any(piece.arrays for piece in group):
             # the time of the maker's own work (building the graph) is in it: small groups are safe; so is
             # forgetting slowly what dear pieces cost, for after cheap ones the next group may be of such again
             each = (now - self._last) / len(group)
             self._s_per_piece = max(each, self._s_per_piece + 0.3 * (each - self._s_per_piece))
+            self._mean_s += 0.1 * (each - self._mean_s)
         self._last = now
 
     def _take(self, wanted: int) -> tuple[list[Piece], bool]:

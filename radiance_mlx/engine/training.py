@@ -160,6 +160,11 @@ class TrainingTask:
         """The weights as they are now."""
         return self._trainer.tree.adapter()
 
+    @property
+    def under_way_s(self) -> float:
+        """About how long what the last slice has begun will still take."""
+        return self._slices.under_way_s
+
     def slice(self, seconds: float) -> TrainResult | None:
         """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
         return self._result() if self._slices.run(seconds) else None
