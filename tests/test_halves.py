@@ -8,6 +8,7 @@ from running import FACTS, QUICK, running
 
 from radiance_mlx import blas
 from radiance_mlx.engine import generation
+from radiance_mlx.engine import slices as slices_module
 from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.errors import Cancelled
@@ -116,17 +117,51 @@ def test_a_run_that_is_ended_leaves_nothing_under_way():
     assert not slices._begun
 
 
-def test_a_slice_ends_with_its_last_pieces_under_way_and_a_run_with_none():
-    """The next slice goes on behind them; what a barrier ends is computed, and so is everything at the end."""
-    arrays = [mx.random.normal((200, 200)) for _ in range(12)]
-    slices = Slices((Piece([mx.tanh(x @ x)], barrier=number == 3) for number, x in enumerate(arrays)), lambda: None)
-    seen = []
-    while not slices.run(0.0):
-        seen.append(sum(map(len, slices._begun)))
-        assert (slices.under_way_s > 0) is (seen[-1] > 0 and len(seen) > 1)
-    assert seen[3] == 0
-    assert set(seen) == {0, 1}
-    assert not slices._begun
+class Clock:
+    """Time that passes only when something is waited for: what each array takes, in seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1.0
+        monkeypatch.setattr(slices_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(slices_module, "mx", self)
+        monkeypatch.setattr(slices_module, "use_threads", lambda count: None)
+
+    def async_eval(self, arrays):
+        pass
+
+    def eval(self, groups):
+        self.now += sum(sum(arrays) for arrays in groups)
+
+
+@pytest.mark.parametrize(("piece_s", "leaves"), [(0.002, True), (0.2, False)])
+def test_a_slice_may_end_with_its_last_pieces_under_way(monkeypatch, piece_s, leaves):
+    """If they are short: what they take is known well enough, and part of the slice. Dear ones are timed."""
+    clock = Clock(monkeypatch)
+    slices = Slices((Piece([piece_s]) for _ in range(400)), lambda: None)
+    slices.run(0.05, leave=True)
+    for _ in range(6):
+        clock.now += 0.03  # a step of others
+        began = clock.now
+        assert not slices.run(0.05, leave=True)
+        assert (slices.under_way_s > 0) is leaves
+        if leaves:
+            left = piece_s * sum(map(len, slices._begun))
+            assert slices.under_way_s == pytest.approx(left, rel=0.5)
+            assert clock.now - began + left <= 0.06
+    while not slices.run(1.0, leave=True):
+        pass
+    assert slices.under_way_s == 0
+
+
+def test_a_slice_ends_with_nothing_under_way_unless_that_is_wished(monkeypatch):
+    """And so it does at a barrier, whose followers may need what was computed."""
+    Clock(monkeypatch)
+    slices = Slices((Piece([0.002]) for _ in range(200)), lambda: None)
+    assert not slices.run(0.05)
+    assert slices.under_way_s == 0
+    barred = Slices((Piece([0.002], barrier=True) for _ in range(200)), lambda: None)
+    assert not barred.run(0.05, leave=True)
+    assert barred.under_way_s == 0
 
 
 def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):

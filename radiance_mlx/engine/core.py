@@ -78,6 +78,7 @@ class Engine:
             head=serve_places(tree, head),
         )
         self._planner = Planner(config.training.share, config.training.slice_ms / 1000)
+        self._left_s = 0.0  # what the last slice of training has left under way will still take
         self._foundation = Foundation(self._base, self._targets, self._encoder, home)
         self._ahead = AskingAhead(self._foundation, config)
         self._task: TrainingTask | MeasuringTask | None = None
@@ -263,8 +264,9 @@ class Engine:
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
+        self._left_s = 0.0
         self._act(action)
-        self._planner.charge(action, time.perf_counter() - started, self._task.under_way_s if self._task else 0.0)
+        self._planner.charge(action, time.perf_counter() - started, self._left_s)
         return True
 
     def _act(self, action: Action) -> None:
@@ -297,6 +299,8 @@ class Engine:
         except RadianceError as error:
             outcome = error
         stepped = isinstance(task, TrainingTask) and task.step != before
+        if isinstance(task, TrainingTask) and not stepped:  # else the live weights may have been waited for
+            self._left_s = task.under_way_s
         del task  # nobody may hold it when it ends
         if outcome is not None:
             self._finish(outcome)

@@ -17,7 +17,6 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache
 
-from .. import blas
 from ..lora.halves import streams
 from .products import use_threads
 
@@ -72,7 +71,9 @@ class JoiningBatch(GenerationBatch):
 
     def drawn(self, tokens: mx.array) -> None:
         """What is read next are `tokens`, which the sampler has just drawn; they are not begun yet."""
-        self._next_tokens, self._beside = tokens, list(getattr(self.fallback_sampler, "beside", ()))
+        beside = getattr(self.fallback_sampler, "beside", [])
+        self._next_tokens, self._beside = tokens, [*beside]
+        beside.clear()
 
     def begin(self) -> None:
         """Begin to compute what is read next; what is under way already stays so."""
@@ -94,6 +95,8 @@ class JoiningBatch(GenerationBatch):
     def filter(self, keep: list[int]) -> None:
         """Keep only the sequences at these places."""
         self._next_logprobs = [None] * len(self.uids)
+        if not keep:
+            self._beside = []
         super().filter(keep)
         self._next_logprobs = []
         self._fresh = [self._fresh[i] for i in keep]
@@ -306,7 +309,7 @@ class JoiningGenerator(BatchGenerator):
         return -(-max(lengths) // -(-max(lengths) // most))
 
     def _decode(self) -> list[GenerationBatch.Response]:
-        blas.use(self._threads_for(len(self._generation_batch)))
+        use_threads(self._threads_for(len(self._generation_batch)))
         return self._generation_batch.next()
 
     def _make_batch(self, n: int) -> PromptProcessingBatch:

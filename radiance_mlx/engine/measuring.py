@@ -67,11 +67,6 @@ class MeasuringTask:
         """Whether what is asked ahead of updates is to come first."""
         return False
 
-    @property
-    def under_way_s(self) -> float:
-        """About how long what the last slice has begun will still take."""
-        return self._slices.under_way_s
-
     def slice(self, seconds: float) -> Measurements | None:
         """Work for about `seconds`; the results when all is done."""
         if not self._slices.run(seconds):

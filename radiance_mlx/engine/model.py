@@ -19,7 +19,7 @@ from ..config.bases import resolve
 from ..errors import ConfigError, ModelError, RadianceError
 from ..lora.encoding import ChatEncoder
 from .layout import transpose_here, transpose_weights
-from .sigmoid import powers_here, use_powers
+from .sigmoid import by_powers, use_powers
 
 _SAMPLE = 1 << 20
 
@@ -62,7 +62,7 @@ def load_base(config: Config, *, cpu: bool) -> BaseModel:
         module.set_dtype(mx.float32)
         if config.serving.transpose == "auto" and transpose_here():
             transpose_weights(module)
-    use_powers(config.serving.sigmoid == "auto" and powers_here())
+    use_powers(by_powers(config.serving.sigmoid))
     module.freeze()
     module.eval()
     mx.eval(module.parameters())

@@ -60,7 +60,7 @@ def threads_here(rows: int, *, beside: bool = False) -> int:
 def use_threads(count: int = 0) -> None:
     """Have what is evaluated from now on computed by so many threads of OpenBLAS, 0: by all.
 
-    A decoding step that still computes was made for another number: it is waited for.
+    What still computes, a decoding step or the end of a slice, was made for another number: it is waited for.
     """
     if blas.used() != (count or blas.threads()):
         wait()

@@ -20,6 +20,11 @@ def powers_here() -> bool:
     return mx.default_device() == mx.cpu and platform.machine().lower() in ("x86_64", "amd64")
 
 
+def by_powers(setting: str) -> bool:
+    """Whether `setting`, auto or off, means powers on the default device."""
+    return setting == "auto" and powers_here()
+
+
 def use_powers(wanted: bool) -> None:
     """Have `mx.sigmoid`, and what `mlx.nn` makes of it, computed so in this process, or as MLX does.
 

@@ -1,6 +1,7 @@
-"""A run of pieces, evaluated as many as fit into a slice, without a pause between them, nor one after it.
+"""A run of pieces, evaluated as many as fit into a slice, without a pause between them.
 
-What a slice has begun last still computes when it ends, and whoever comes next is begun behind it.
+Nor is there one after it, if that is wished: what a slice has begun last still computes when it ends, and whoever
+comes next is begun behind it.
 """
 
 import time
@@ -37,19 +38,24 @@ class Slices:
         """About how long what is begun will still take, in seconds."""
         return self._mean_s * sum(map(len, self._begun))
 
-    def run(self, seconds: float) -> bool:
-        """Work for about `seconds`, what is left under way included; whether all is done, and nothing is under way.
+    def run(self, seconds: float, *, leave: bool = False) -> bool:
+        """Work for about `seconds`; whether all is done, and nothing is under way.
 
+        With `leave` the last group of pieces may still be, if they are short; that it will take is part of `seconds`.
         Raises what the maker raises, with nothing under way.
         """
         try:
-            return self._run(seconds)
+            return self._run(seconds, leave)
         except BaseException:
-            self._begun.clear()
-            wait()
+            self.stop()
             raise
 
-    def _run(self, seconds: float) -> bool:
+    def stop(self) -> None:
+        """Wait for what is under way, and forget it."""
+        self._begun.clear()
+        wait()
+
+    def _run(self, seconds: float, leave: bool) -> bool:
         now = time.perf_counter()
         ends = now + seconds
         if now - self._returned > NOTHING_S:
@@ -64,6 +70,8 @@ class Slices:
                 self._finish()
             left = ends - time.perf_counter() - self._s_per_piece * sum(map(len, self._begun))
             if finished or left < self._s_per_piece or group[-1].pause:
+                while self._begun and not (leave and self._s_per_piece <= GROUP_S):  # dear ones must be timed
+                    self._finish()
                 self._returned = time.perf_counter()
                 return finished
 
@@ -86,7 +94,7 @@ class Slices:
             # forgetting slowly what dear pieces cost, for after cheap ones the next group may be of such again
             each = (now - self._last) / len(group)
             self._s_per_piece = max(each, self._s_per_piece + 0.3 * (each - self._s_per_piece))
-            self._mean_s += 0.1 * (each - self._mean_s)
+            self._mean_s += 0.1 * (each - self._mean_s) if self._mean_s else each
         self._last = now
 
     def _take(self, wanted: int) -> tuple[list[Piece], bool]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from ..checkpoints.folder import unfinished
 from ..config import Config
 from ..errors import Cancelled, CheckpointDamaged, ModelError, StoreError, TrainingFailed
@@ -32,6 +34,7 @@ from .kept_state import KeptState
 from .metrics import training_metrics
 from .preparing import Preparation, fitted
 from .products import use_threads
+from .sigmoid import by_powers
 from .slices import Slices
 
 Report = Callable[[Progress], None]
@@ -86,6 +89,7 @@ class TrainingTask:
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
         self._slices = Slices(self._all_pieces(), self._check)
+        self._leaves = mx.default_device() == mx.cpu  # elsewhere the next step reads what is computed before it waits
 
     @property
     def _trainer(self) -> Trainer:
@@ -98,7 +102,8 @@ class TrainingTask:
         """What a kept state must have in common with this batch to be gone on from."""
         config = self._config
         facts: list[Any] = [self.batch.data_hash, self.batch.parent, self._base.fingerprint, self.batch.lineage]
-        facts += [config.model.chat_template_args, halved(config.training.halves)]  # halves are summed in another order
+        facts.append(config.model.chat_template_args)
+        facts += [halved(config.training.halves), by_powers(config.serving.sigmoid)]  # both round otherwise
         chosen = (config.lora, config.training, config.replay, config.rehearsal)
         sections = [section.model_dump(exclude={"ask_ahead"}) for section in chosen]  # when it is asked changes nothing
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
@@ -167,7 +172,7 @@ class TrainingTask:
 
     def slice(self, seconds: float) -> TrainResult | None:
         """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
-        return self._result() if self._slices.run(seconds) else None
+        return self._result() if self._slices.run(seconds, leave=self._leaves) else None
 
     def _check(self) -> None:
         if self._cancelled.is_set():
@@ -296,4 +301,5 @@ class TrainingTask:
 
     def close(self, *, forget_state: bool) -> None:
         """Let go of everything; with `forget_state` the kept state goes too."""
+        self._slices.stop()
         self._kept.close(forget=forget_state)

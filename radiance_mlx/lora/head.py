@@ -51,8 +51,7 @@ class TargetRows:
         """(rows, length, dims) → (1, n, dims)."""
         self.hits += 1
         if self.positions is not None:
-            hidden = hidden.reshape(-1, hidden.shape[-1])[self.positions][None]
-        self._taken = hidden
+            hidden = self._taken = hidden.reshape(-1, hidden.shape[-1])[self.positions][None]
         return hidden
 
     def only(self, function: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
