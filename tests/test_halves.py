@@ -10,6 +10,7 @@ from radiance_mlx import blas
 from radiance_mlx.engine import generation
 from radiance_mlx.engine import slices as slices_module
 from radiance_mlx.engine.generation import JoiningGenerator
+from radiance_mlx.engine.planner import Action, Planner
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.errors import Cancelled
 from radiance_mlx.lora import halves, trainer
@@ -242,3 +243,21 @@ def test_the_service_learns_and_answers_by_it(tmp_path, monkeypatch, wanted):
         service.learn(*FACTS[:4])
         assert (1 in used) is (wanted == "auto")
         assert service.ask(FACTS[0][0]).text == FACTS[0][1]
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere slices leave nothing under way")
+def test_the_planner_hears_what_training_leaves_under_way(tmp_path, monkeypatch):
+    """After its slices only, and not after every one: a step of training ends with nothing."""
+    told, real = [], Planner.charge
+
+    def charge(self, action, seconds, under_way_s):
+        told.append((action, under_way_s))
+        return real(self, action, seconds, under_way_s)
+
+    monkeypatch.setattr(Planner, "charge", charge)
+    with running(tmp_path, {**QUICK, "training.max_steps": 30, "training.slice_ms": 5, "backend": "cpu"}) as service:
+        service.learn(FACTS[0])
+        service.ask(FACTS[0][0])
+    left = {action: {bool(seconds) for of, seconds in told if of is action} for action in Action}
+    assert left[Action.BACKGROUND] == {False, True}
+    assert left[Action.GENERATE] == {False}
