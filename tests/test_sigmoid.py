@@ -52,7 +52,7 @@ def test_half_precision_is_left_to_mlx(kind):
 
 @pytest.mark.usefixtures("_restored")
 def test_models_use_it_while_it_is_wished_for(monkeypatch):
-    """mlx-lm's SiLU is made of it, training included; off is MLX's own."""
+    """mlx-lm's SiLU is made of it; off is MLX's own."""
     model, tokens, used = tiny.model(), mx.array([[1, 5, 9]]), []
     use_powers(False)
     own = model(tokens)
