@@ -1,6 +1,7 @@
 """The adapter bank: a row of a mixed batch is what its adapter gives alone."""
 
 import copy
+import gc
 
 import mlx.core as mx
 import pytest
@@ -9,7 +10,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tuner.lora import LoRALinear
 
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowSampler, RowState
-from radiance_mlx.lora.bank import BASE_SLOT, AdapterWeights, Bank, BankLinear
+from radiance_mlx.lora.bank import BASE_SLOT, AdapterWeights, Bank, BankLinear, RowSlots
 from radiance_mlx.lora.targets import find_targets
 
 PROMPTS = tiny.prompts(5, 9, 17, 30)
@@ -61,13 +62,54 @@ def test_a_row_is_the_lora_layer(bits, scale):
     bank, served = banked(base, adapters, names=[path])
     linear = dict(served.tree.named_modules())[path]
     x = mx.random.normal((4, 7, 32))
-    bank.rows.slots = mx.array([2, 0, 1, 2], dtype=mx.uint32)
+    bank.rows.slots = RowSlots([2, 0, 1, 2])
     y = linear(x)
     for row, slot in enumerate((2, 0, 1, 2)):
         plain = dict(tiny.alone(base, adapters[slot]).named_modules())[path]
         assert isinstance(plain, LoRALinear) == (slot != 0)
         assert mx.allclose(y[row], plain(x[row : row + 1])[0], rtol=1e-5, atol=1e-4).item()
     assert not mx.allclose(y[0], linear.linear(x[:1])[0], atol=0.1).item()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(3, 1, 32), (3, 5, 32), (3, 2, 5, 32)], ids=["decoding", "prompts", "inner axis"])
+def test_rows_that_are_alike_are_what_each_is_among_others(dtype, shape):
+    """Rows of one slot alone, whose product is taken of all together, give what they give beside a row of another."""
+    base = tiny.model()
+    base.set_dtype(getattr(mx, dtype))
+    path = "model.layers.0.mlp.up_proj"
+    targets = find_targets(base, [path])
+    bank, served = banked(base, [None, *(tiny.random_adapter(base, targets, seed=s) for s in (1, 2))], names=[path])
+    linear = dict(served.tree.named_modules())[path]
+    x = mx.random.normal(shape).astype(getattr(mx, dtype))
+    bank.rows.slots = RowSlots([2, 2, 2])
+    assert bank.rows.slots.only == 2
+    alike = linear(x)
+    bank.rows.slots = RowSlots([2, 1, 2])
+    assert bank.rows.slots.only is None
+    mixed = linear(x)
+    rounding = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    assert alike.dtype == mixed.dtype == getattr(mx, dtype)
+    assert mx.allclose(alike[::2], mixed[::2], rtol=rounding, atol=rounding).item()
+    assert not mx.allclose(alike[1], mixed[1], rtol=rounding, atol=0.1).item()
+
+
+def test_what_is_written_after_a_slot_was_used_is_used(base, adapters):
+    """A slot that has answered and is filled anew, with a larger rank too, answers by what it was filled with, and
+    writing takes no second copy of the stacks.
+    """
+    bank, served = banked(base, adapters, slots=64)
+    assert answers(served, [tiny.greedy(1)], [PROMPTS[0]]) == [answer_alone(base, adapters[1], PROMPTS[0])]
+    module = bank.linear(bank.paths[0])
+    gc.collect()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    bank.write(1, adapters[2])
+    assert mx.get_peak_memory() - held < module.a.nbytes
+    assert answers(served, [tiny.greedy(1)], [PROMPTS[0]]) == [answer_alone(base, adapters[2], PROMPTS[0])]
+    wider = tiny.random_adapter(base, find_targets(base, tiny.ATTENTION), rank=bank.rank + 3, seed=9)
+    bank.write(1, wider)
+    assert answers(served, [tiny.greedy(1)], [PROMPTS[0]]) == [answer_alone(base, wider, PROMPTS[0])]
 
 
 def test_half_precision_goes_through():
@@ -78,7 +120,7 @@ def test_half_precision_goes_through():
     adapter = tiny.random_adapter(base, find_targets(base, [path]))
     bank, served = banked(base, [None, adapter], names=[path])
     x = mx.random.normal((1, 3, 32)).astype(mx.bfloat16)
-    bank.rows.slots = mx.array([1], dtype=mx.uint32)
+    bank.rows.slots = RowSlots([1])
     y = dict(served.tree.named_modules())[path](x)
     plain = dict(tiny.alone(base, adapter).named_modules())[path](x)
     assert y.dtype == plain.dtype == mx.bfloat16
@@ -93,7 +135,7 @@ def test_rows_with_an_inner_axis():
     bank, served = banked(base, [None, adapter], names=[path])
     linear = dict(served.tree.named_modules())[path]
     x = mx.random.normal((2, 3, 5, 32))
-    bank.rows.slots = mx.array([1, 0], dtype=mx.uint32)
+    bank.rows.slots = RowSlots([1, 0])
     y = linear(x)
     plain = dict(tiny.alone(base, adapter).named_modules())[path]
     assert mx.allclose(y[0], plain(x[0]), atol=1e-4).item()
@@ -260,7 +302,7 @@ def test_the_base_slot_is_the_base(base, adapters):
     tokens = mx.array([PROMPTS[3]])
     plain = base(tokens)
     assert mx.array_equal(served.tree(tokens), plain).item()
-    bank.rows.slots = mx.array([BASE_SLOT], dtype=mx.uint32)
+    bank.rows.slots = RowSlots([BASE_SLOT])
     assert mx.allclose(served.tree(tokens), plain, atol=1e-5).item()
     stacks = [m for m in served.tree.modules() if isinstance(m, BankLinear)]
     assert len(stacks) == len(bank.paths) == 12
@@ -294,7 +336,7 @@ def entry(*slots, temperature=0.0):
 
 
 def slots_of(rows):
-    return None if rows.slots is None else rows.slots.tolist()
+    return None if rows.slots is None else rows.slots.each.tolist()
 
 
 def test_entries_are_merged_filtered_extended_and_extracted():

@@ -163,12 +163,14 @@ def test_mlx_lm_loads_a_checkpoint_and_computes_what_the_service_computes(taught
     import mlx_lm
     import numpy as np
 
+    from radiance_mlx.lora.bank import RowSlots
+
     name = taught.second
 
     def logits(engine):
         tokens = engine._encoder.prompt((("user", question(1)),))
         slot = engine._decoder._slots.find(name)
-        engine._bank.rows.slots = mx.array([slot], dtype=mx.uint32)
+        engine._bank.rows.slots = RowSlots([slot])
         out = engine._decoder._model.tree(mx.array([tokens])).astype(mx.float32)
         mx.eval(out)
         return tokens, np.array(out)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..lora.bank import AdapterWeights, Bank
+from ..lora.bank import AdapterWeights, Bank, RowSlots
 from ..lora.head import TargetRows, serve_places
 from ..lora.memory import readable
 from ..lora.step import Piece
@@ -145,13 +145,13 @@ class FusedStable:
             yield Piece([plain.weight, x], barrier=True)
             times: dict[str, list[float]] = {name: [] for name in best}
             for _ in range(_REPEATS):
-                times["bank"].append(self._timed(self._bank.linear(path), x, mx.array([1], dtype=mx.uint32)))
+                times["bank"].append(self._timed(self._bank.linear(path), x, RowSlots([1])))
                 times["folded"].append(self._timed(plain, x, None))
                 yield Piece([], barrier=True)
             best = {name: best[name] + min(times[name]) for name in best}
         self._worth = best["folded"] <= WORTH_IT * best["bank"]
 
-    def _timed(self, linear: nn.Module, x: mx.array, slots: mx.array | None) -> float:
+    def _timed(self, linear: nn.Module, x: mx.array, slots: RowSlots | None) -> float:
         self._bank.rows.slots = slots
         started = time.perf_counter()
         mx.eval(linear(x))

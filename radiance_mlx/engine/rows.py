@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import apply_top_p
 
-from ..lora.bank import BASE_SLOT, ActiveRows
+from ..lora.bank import BASE_SLOT, ActiveRows, RowSlots
 from ..lora.head import TargetRows, unadapted
 from .fused import FusedStable
 from .wishes import Wishes, shaped, tell
@@ -58,7 +58,7 @@ class RowEntry:
     def _set(self, rows: list[RowState]) -> None:
         self.rows = rows
         slots = [row.slot for row in rows]
-        self.slots = None if all(slot == BASE_SLOT for slot in slots) else mx.array(slots, dtype=mx.uint32)
+        self.slots = None if all(slot == BASE_SLOT for slot in slots) else RowSlots(slots)
         self.greedy = all(row.temperature == 0 for row in rows)
         wishes = [(place, row.wishes) for place, row in enumerate(rows) if row.wishes is not None]
         self.shaped = [(place, wish) for place, wish in wishes if wish.shapes]
@@ -152,7 +152,8 @@ class BankModel(nn.Module):
         entry = cache[-1]
         tree, head = self._answering(entry)
         assert head is not None
-        with head.only_at(places, narrows=entry.slots is None):  # a bank's linear must know whose row is where
+        alike = entry.slots is None or entry.slots.only is not None  # else a bank's linear must know whose row is where
+        with head.only_at(places, narrows=alike):
             return tree(tokens, cache=cache[:-1])[0]
 
     def draws_next(self, cache: list[Any], last: mx.array) -> None:

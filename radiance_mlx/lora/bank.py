@@ -1,11 +1,12 @@
 """The adapter bank: many adapters beside one base, applied row by row in one batch.
 
 Each target linear of the serving tree becomes a `BankLinear`: the base linear and stacks `a: (slots, in, r)`
-and `b: (slots, r, out)` in float32; `mx.gather_mm` takes each batch row's adapter by its slot. Slot 0 is the
-base: zeros. The rows' slots are set on `ActiveRows` before each forward pass.
+and `b: (slots, r, out)` in float32; `mx.gather_mm` takes each batch row's adapter by its slot. Where all rows have
+the same, that one's low-rank product is taken of all of them together. Slot 0 is the base: zeros. The rows' slots
+are set on `ActiveRows` before each forward pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -30,15 +31,32 @@ class AdapterWeights:
         return max(a.shape[1] for a, _ in self.weights.values())
 
 
+class RowSlots:
+    """The slots of a batch's rows: `each`, (batch,) uint32, and `only`, the one that all of them have, or None."""
+
+    __slots__ = ("each", "only")
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.each = mx.array(slots, dtype=mx.uint32)
+        self.only = slots[0] if len(set(slots)) == 1 else None
+
+
 class ActiveRows:
-    """Which slot each row of the running batch uses: `slots` of shape (batch,), or None when all are base.
+    """Which slot each row of the running batch uses; None when all are base.
 
     `paths` are those of the modules that look it up.
     """
 
     def __init__(self) -> None:
-        self.slots: mx.array | None = None
+        self.slots: RowSlots | None = None
         self.paths: set[str] = set()
+
+
+class Parts:
+    """Of the stacks, by slot: (in, r) and (r, out). An object, for of a dict MLX would make a child of the module."""
+
+    def __init__(self) -> None:
+        self.pairs: dict[int, tuple[mx.array, mx.array]] = {}
 
 
 class BankLinear(nn.Module):
@@ -50,16 +68,31 @@ class BankLinear(nn.Module):
         self.a = mx.zeros((slots, input_dims(linear), rank))
         self.b = mx.zeros((slots, rank, linear.weight.shape[0]))
         self._rows = rows
+        self._parts = Parts()
 
     def __call__(self, x: mx.array) -> mx.array:
         """`linear(x)` plus each row's low-rank product; x: (batch, …, length, in)."""
-        y = self.linear(x)
-        slots = self._rows.slots
+        y, slots = self.linear(x), self._rows.slots
         if slots is None:
             return y
-        slots = slots.reshape(-1, *[1] * (x.ndim - 3))
-        low = mx.gather_mm(x, self.a, rhs_indices=slots)
-        return y + mx.gather_mm(low, self.b, rhs_indices=slots).astype(y.dtype)
+        if slots.only is not None:
+            a, b = self._pair(slots.only)
+            return y + (x @ a @ b).astype(y.dtype)
+        each = slots.each.reshape(-1, *[1] * (x.ndim - 3))
+        low = mx.gather_mm(x, self.a, rhs_indices=each)
+        return y + mx.gather_mm(low, self.b, rhs_indices=each).astype(y.dtype)
+
+    def _pair(self, slot: int) -> tuple[mx.array, mx.array]:
+        """What `slot` holds, parts of the stacks; made once, for they are asked for by every step."""
+        pairs = self._parts.pairs
+        if slot not in pairs:
+            this = slice(slot, slot + 1)  # shares the memory, where an index would copy
+            pairs[slot] = self.a[this].squeeze(0), self.b[this].squeeze(0)
+        return pairs[slot]
+
+    def let_go(self) -> None:
+        """Hold no part of the stacks, which are about to change: they would be copied whole."""
+        self._parts.pairs.clear()
 
 
 class Bank:
@@ -98,6 +131,7 @@ class Bank:
             self._widen(adapter.rank)
         mx.synchronize()  # nothing unevaluated may hold the stacks, or each write copies them whole
         for path, module in self._linears.items():
+            module.let_go()
             pair = adapter.weights.get(path)
             if pair is None:
                 module.a[slot], module.b[slot] = mx.array(0.0), mx.array(0.0)
@@ -125,6 +159,7 @@ class Bank:
     def _widen(self, rank: int) -> None:
         spare = rank - self.rank
         for module in self._linears.values():
+            module.let_go()
             module.a = mx.pad(module.a, ((0, 0), (0, 0), (0, spare)))
             module.b = mx.pad(module.b, ((0, 0), (0, spare), (0, 0)))
             mx.eval(module.a, module.b)
