@@ -130,6 +130,7 @@ class TrainingSection(Section):
     seed: Seed = 0
     slice_ms: Annotated[float, Field(ge=0, le=LONG)] = 50.0
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    aside: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     save_every_s: Duration = 30.0
     prefix_cache_mb: Annotated[float, Field(ge=0, le=MOST_MB)] = 256
     halves: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"

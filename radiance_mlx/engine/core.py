@@ -258,24 +258,39 @@ class Engine:
 
     def step(self) -> bool:
         """Do one thing; False if there was nothing to do."""
-        requests = self._decoder.load
-        background = self._task is not None or self._fused.pending or (self._ahead.pending and not requests)
-        action = self._planner.next(Load(requests, self._decoder.decoding, background))
+        requests, decoding = self._decoder.load, self._decoder.decoding
+        aside = self._goes_aside(requests, decoding)
+        training = self._task is not None and not aside
+        background = training or self._fused.pending or (self._ahead.pending and not requests)
+        action = self._planner.next(Load(requests, decoding, background))
         if action is Action.WAIT:
             return False
         started = time.perf_counter()
         self._left_s = 0.0
-        self._act(action)
+        if aside:
+            self._feed()
+        self._act(action, aside)
         self._planner.charge(action, time.perf_counter() - started, self._left_s)
         return True
 
-    def _act(self, action: Action) -> None:
+    def _goes_aside(self, requests: int, decoding: int) -> bool:
+        """Whether training goes on beside this step, or else, that nothing of it is computed meanwhile."""
+        task = self._task
+        if not isinstance(task, TrainingTask):
+            return False
+        aside = requests == decoding > 0 and task.goes_aside and not self._fused.pending
+        if not aside:
+            task.take_back()
+        return aside
+
+    def _act(self, action: Action, aside: bool) -> None:
         """A bug ends what it hit, all requests or the batch in training, and nothing else."""
         try:
             if action is Action.BACKGROUND:
                 self._background()
             else:
-                self._decoder.step(newcomers=action is Action.GENERATE, beside=self._task is not None)
+                beside = self._task is not None
+                self._decoder.step(newcomers=action is Action.GENERATE, beside=beside, aside=aside)
         except Exception as error:
             log.exception("the engine failed in a step")
             if action is Action.BACKGROUND:
@@ -291,16 +306,35 @@ class Engine:
         if self._ahead.pending and (task is None or task.needs_base_asked):
             self._ahead.slice(seconds)
             return
+        del task
+        self._go_on(seconds)
+
+    def _feed(self) -> None:
+        try:
+            self._go_on(None)
+        except Exception as error:
+            log.exception("training failed beside a step")
+            self._finish(InternalError.of(error))
+
+    def _go_on(self, seconds: float | None) -> None:
+        """With the task, for about so long; None: beside those who decode."""
+        task = self._task
         assert task is not None
         before = task.step if isinstance(task, TrainingTask) else 0
         outcome: Any
         try:
-            outcome = task.slice(seconds)
+            if seconds is None:
+                assert isinstance(task, TrainingTask)
+                outcome = task.feed()
+            else:
+                outcome = task.slice(seconds)
         except RadianceError as error:
             outcome = error
         stepped = isinstance(task, TrainingTask) and task.step != before
         if isinstance(task, TrainingTask) and not stepped:  # else the live weights may have been waited for
             self._left_s = task.under_way_s
+        if isinstance(task, TrainingTask) and self._decoder.answers_live:
+            task.take_back()  # the live weights may be under way there
         del task  # nobody may hold it when it ends
         if outcome is not None:
             self._finish(outcome)

@@ -95,7 +95,7 @@ class Decoder:
         self._active: dict[int, _Sequence] = {}  # by the generator's uid
         self._uid_of: dict[int, int] = {}  # request number → uid
         self._live_version: tuple[str, int] | None = None
-        self._beside = False
+        self._beside = self._aside = False
         self._generator = self._new_generator()
 
     def _new_generator(self) -> JoiningGenerator:
@@ -197,10 +197,16 @@ class Decoder:
         self._generator.begin()  # a step that is not begun holds the bank's stacks: they would be copied
         self._bank.write(slot, weights)
 
+    @property
+    def answers_live(self) -> bool:
+        """Whether anybody is using the live weights."""
+        live = self._weights.live()
+        return live is not None and bool(self._slots.users(_live_key(live[0])))
+
     def refresh_live(self) -> None:
         """After an optimizer step: give the live weights to whoever is using them."""
         live = self._weights.live()
-        if live is None or not self._slots.users(_live_key(live[0])):
+        if live is None or not self.answers_live:
             return
         slot = self._slots.find(_live_key(live[0]))
         if slot is not None and self._live_version != live[:2]:
@@ -209,13 +215,13 @@ class Decoder:
 
     # --- one step --------------------------------------------------------------------------------
 
-    def step(self, *, newcomers: bool = True, beside: bool = False) -> None:
+    def step(self, *, newcomers: bool = True, beside: bool = False, aside: bool = False) -> None:
         """Admit, prefill, draw; without `newcomers` draw only. A fault in the model ends the requests it hit.
 
-        `beside`: something is computed in the background, too.
+        `beside`: there is something to be computed in the background, too; `aside`: meanwhile, by the other core.
         """
-        self._beside = beside
-        self._generator.read_first(beside)
+        self._beside, self._aside = beside, aside
+        self._generator.read_first(beside and not aside)
         if newcomers:
             self._admit()
         if not self._active:
@@ -226,6 +232,8 @@ class Decoder:
                 self._advance(response, sequence)
 
     def _threads(self, rows: int) -> int:
+        if self._aside:
+            return 1
         return threads_here(rows, beside=self._beside) if self._serving.decode_threads == "auto" else 0
 
     def _admit(self) -> None:

@@ -1,9 +1,10 @@
 """A run of pieces, evaluated as many as fit into a slice, without a pause between them.
 
 Nor is there one after it, if that is wished: what a slice has begun last still computes when it ends, and whoever
-comes next is begun behind it.
+comes next is begun behind it. Or else no slices are cut: a `Lane` computes the pieces, and is only fed from here.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,22 +12,31 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from ..errors import RadianceError
-from ..lora.halves import wait
+from ..lora.halves import shared, wait
 from ..lora.step import Piece
+from .lane import Lane
 from .products import use_threads
 
 #: seconds of work that are begun together, as far as is known; one group computes while the next is made
 GROUP_S = 0.015
 #: in so little time between two slices nobody else has computed anything
 NOTHING_S = 0.001
+#: pieces that the lane is given ahead: more than it can compute in one step of those who decode
+DEPTH = 16
+#: and no longer than this in one go, for they wait
+FEEDING_S = 0.01
 
 
 class Slices:
-    """Drives a generator of pieces. `check` is called before each group of them is begun, and may raise."""
+    """Drives a generator of pieces. `check` is called before each group of them is begun, and may raise.
 
-    def __init__(self, pieces: Iterator[Piece], check: Callable[[], None]) -> None:
-        self._pieces, self._check = pieces, check
-        self._next: Piece | None = None  # taken already, for a group of its own kind
+    With a `lane` they may be computed there, too: what the maker itself evaluates must come after a barrier.
+    """
+
+    def __init__(self, pieces: Iterator[Piece], check: Callable[[], None], lane: Lane | None = None) -> None:
+        self._pieces, self._check, self._lane = pieces, check, lane
+        self._taken: deque[Piece] = deque()  # already, for a group of its own kind, or back from the lane
+        self._barred = False  # whether what the lane was given last is a barrier
         self._s_per_piece = 0.02  # few at a time until some have been timed
         self._mean_s = 0.0  # of a piece, over the last ones
         self._begun: deque[list[Piece]] = deque()
@@ -50,12 +60,56 @@ class Slices:
             self.stop()
             raise
 
+    def feed(self) -> bool:
+        """Give the lane what it has room for, and wait for nothing; whether all is done, and nothing is under way.
+
+        Raises what the maker raises, with nothing under way.
+        """
+        try:
+            return self._feed()
+        except BaseException:
+            self.stop()
+            raise
+
+    def take_back(self) -> None:
+        """Nothing is computed by the lane any more; what it has not begun comes next."""
+        if self._lane is not None:
+            self._taken.extendleft(reversed(self._lane.take_back()))
+
     def stop(self) -> None:
         """Wait for what is under way, and forget it."""
         self._begun.clear()
+        self._taken.clear()
+        if self._lane is not None:
+            self._lane.clear()
         wait()
 
+    def _feed(self) -> bool:
+        assert self._lane is not None
+        while self._begun:
+            self._finish()
+        use_threads(1)
+        ends = time.perf_counter() + FEEDING_S
+        while time.perf_counter() < ends:
+            left = self._lane.left()
+            if left >= DEPTH or (left and self._barred):
+                break
+            self._check()
+            piece = self._ask(aside=True)
+            if piece is None:
+                self._lane.finish()
+                return True
+            if piece.arrays:
+                self._lane.begin(piece)
+                self._barred = piece.barrier
+            if piece.pause:
+                break
+        return False
+
     def _run(self, seconds: float, leave: bool) -> bool:
+        if self._lane is not None:
+            self.take_back()
+            self._lane.finish()
         now = time.perf_counter()
         ends = now + seconds
         if now - self._returned > NOTHING_S:
@@ -101,16 +155,23 @@ class Slices:
         """At most so many pieces that are for as many threads of OpenBLAS; and whether there are no more."""
         group: list[Piece] = []
         while len(group) < wanted:
-            piece, self._next = self._next or next(self._pieces, None), None
+            piece = self._ask()
             if piece is None:
                 return group, True
             if group and piece.threads != group[0].threads:
-                self._next = piece
+                self._taken.appendleft(piece)
                 break
             group.append(piece)
             if piece.barrier:
                 break
         return group, False
+
+    def _ask(self, *, aside: bool = False) -> Piece | None:
+        """The next piece; with a lane, built so that both threads may evaluate it."""
+        if self._taken:
+            return self._taken.popleft()
+        with shared(aside=aside) if self._lane is not None else contextlib.nullcontext():
+            return next(self._pieces, None)
 
 
 def reason(error: Exception) -> str:

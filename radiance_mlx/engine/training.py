@@ -31,6 +31,7 @@ from .backend import Backend
 from .evaluating import UpdateEvaluation
 from .foundation import Foundation
 from .kept_state import KeptState
+from .lane import Lane, goes_aside
 from .metrics import training_metrics
 from .preparing import Preparation, fitted
 from .products import use_threads
@@ -88,7 +89,9 @@ class TrainingTask:
         self._evaluation = plan and UpdateEvaluation(foundation, plan, self._settings)
         self._known_before: list[float] | None = None
         self._phase: Any = "training"
-        self._slices = Slices(self._all_pieces(), self._check)
+        self._lane = Lane(2 * self._settings.share) if goes_aside(self._settings) and ranks is None else None
+        self._learning = False
+        self._slices = Slices(self._all_pieces(), self._check, self._lane)
         self._leaves = mx.default_device() == mx.cpu  # elsewhere the next step reads what is computed before it waits
 
     @property
@@ -129,6 +132,7 @@ class TrainingTask:
         """Write what `_resume` reads."""
         if self._prepared is None:
             return
+        self.take_back()
         weights, optimizer, progress = self._trainer.state()
         if self._evaluation and self._evaluation.unscaled is not None:
             weights = self._evaluation.unscaled
@@ -170,6 +174,19 @@ class TrainingTask:
         """About how long what the last slice has begun will still take."""
         return self._slices.under_way_s
 
+    @property
+    def goes_aside(self) -> bool:
+        """Whether what comes next may be computed on a lane of its own."""
+        return self._learning and self._lane is not None
+
+    def feed(self) -> TrainResult | None:
+        """Give the lane something to do; the result when all is done. Raises `RadianceError` if the batch fails."""
+        return self._result() if self._slices.feed() else None
+
+    def take_back(self) -> None:
+        """Nothing is computed on the lane any more, until the next `feed`."""
+        self._slices.take_back()
+
     def slice(self, seconds: float) -> TrainResult | None:
         """Work for about `seconds`; the result when all is done. Raises `RadianceError` if the batch fails."""
         return self._result() if self._slices.run(seconds, leave=self._leaves) else None
@@ -188,7 +205,9 @@ class TrainingTask:
         yield Piece([], barrier=True)
         if self._evaluation:
             yield from self._evaluation.before(trainer, self._preparation.examples, self._known_before)
+        self._learning = True
         yield from self._learn(trainer)
+        self._learning = False
         self._phase = "evaluating"
         self._report(self._progress())
         if self._evaluation:
@@ -302,4 +321,6 @@ class TrainingTask:
     def close(self, *, forget_state: bool) -> None:
         """Let go of everything; with `forget_state` the kept state goes too."""
         self._slices.stop()
+        if self._lane is not None:
+            self._lane.close()
         self._kept.close(forget=forget_state)

@@ -5,8 +5,9 @@ MLX computes on one thread for each stream: on a CPU, the second core waits. Two
 both all the time (docs/benchmarks.md). Sums are those of the whole but for their order.
 """
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -30,26 +31,47 @@ def halved(setting: str) -> bool:
     return setting == "auto" and halves_here()
 
 
-class _Streams(threading.local):
-    """Those of one thread: no other may use them."""
+Pair = tuple[mx.Stream, mx.Stream]
 
-    pair: tuple[mx.Stream, mx.Stream] | None = None
+
+class _Streams(threading.local):
+    """Of one thread: a pair that only it may use, one that any thread may, and that of now, if it is not the first."""
+
+    own: Pair | None = None
+    shared: Pair | None = None
+    now: Pair | None = None
 
 
 _streams = _Streams()
 
 
-def streams() -> tuple[mx.Stream, mx.Stream]:
-    """Two streams of the CPU that this thread may use: its own one, and another."""
-    if _streams.pair is None:
-        _streams.pair = (mx.default_stream(mx.cpu), mx.new_stream(mx.cpu))
-    return _streams.pair
+def streams() -> Pair:
+    """Two streams of the CPU for what this thread builds now: its own one and another, or those of `shared`."""
+    if _streams.now is not None:
+        return _streams.now
+    if _streams.own is None:
+        _streams.own = (mx.default_stream(mx.cpu), mx.new_stream(mx.cpu))
+    return _streams.own
+
+
+@contextlib.contextmanager
+def shared(*, aside: bool) -> Iterator[None]:
+    """Inside, what is built may be evaluated by any thread, by one at a time; `aside`, all of it on a single stream."""
+    if _streams.shared is None:
+        _streams.shared = (mx.new_thread_unsafe_stream(mx.cpu), mx.new_thread_unsafe_stream(mx.cpu))
+    first, second = _streams.shared
+    before, _streams.now = _streams.now, (second, second) if aside else (first, second)
+    try:
+        with mx.stream(_streams.now[0]):
+            yield
+    finally:
+        _streams.now = before
 
 
 def wait() -> None:
-    """Until nothing that this thread has begun is under way any more, on either stream."""
+    """Until nothing that this thread has begun is under way any more, on any stream."""
     mx.synchronize()
-    for stream in _streams.pair or ():
+    for stream in (*(_streams.own or ()), *(_streams.shared or ())):
         mx.synchronize(stream)
 
 
