@@ -33,8 +33,8 @@ def rest_s(seconds: float, part: float) -> float:
 class Lane:
     """Takes pieces from one thread, and evaluates them in another, which lives from the first of them to `close`.
 
-    It works for `part` of the time (0 < part <= 1) that there is something to do. What goes wrong with a piece ends
-    those after it, and is raised by the next call that says so.
+    It works for `part` of the time (0 < part <= 1) that there is something to do. `fault` is what went wrong with a
+    piece: that one and all others are left then, for whoever takes them back to compute.
     """
 
     def __init__(self, part: float = 1.0) -> None:
@@ -42,7 +42,7 @@ class Lane:
         self._changed = threading.Condition()
         self._waiting: deque[Piece] = deque()
         self._busy = self._closed = False
-        self._error: BaseException | None = None
+        self.fault: BaseException | None = None
         self._thread: threading.Thread | None = None
 
     # --- for the other thread --------------------------------------------------------------------
@@ -58,16 +58,14 @@ class Lane:
             self._changed.notify_all()
 
     def left(self) -> int:
-        """How many pieces are not done. Raises what went wrong."""
+        """How many pieces are not done."""
         with self._changed:
-            self._raise()
             return len(self._waiting) + self._busy
 
     def finish(self) -> None:
-        """Wait for all pieces. Raises what went wrong."""
+        """Wait for all pieces, or for a fault."""
         with self._changed:
-            self._changed.wait_for(lambda: not (self._waiting or self._busy))
-            self._raise()
+            self._changed.wait_for(lambda: not self._busy and (self.fault is not None or not self._waiting))
 
     def take_back(self) -> list[Piece]:
         """The pieces that are not begun, in order, once nothing is computed any more."""
@@ -77,24 +75,14 @@ class Lane:
             self._changed.wait_for(lambda: not self._busy)
             return pieces
 
-    def clear(self) -> None:
-        """Forget what is not begun, and what went wrong; returns once nothing is computed any more."""
-        self.take_back()
-        self._error = None
-
     def close(self) -> None:
-        """As `clear`; returns when the thread has ended."""
-        self.clear()
+        """Forget what is not begun; returns when the thread has ended."""
+        self.take_back()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
-
-    def _raise(self) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -105,24 +93,26 @@ class Lane:
             try:
                 for array in piece.arrays:
                     mx.eval(array)
-            except BaseException as error:  # the other thread will raise it
-                self._error = error
+                fault = None
+            except Exception as error:
+                fault = error
+            self._done(piece, fault, time.perf_counter() - started)
             piece = array = None  # evaluated outputs must not be held
-            self._done(time.perf_counter() - started)
         mx.clear_streams()  # of this thread: one that ends with streams open aborts the process at exit
 
     def _next(self) -> Piece | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if not self._waiting:
+            self._changed.wait_for(lambda: self._closed or (self._waiting and self.fault is None))
+            if self._closed:
                 return None
             self._busy = True
             return self._waiting.popleft()
 
-    def _done(self, seconds: float) -> None:
+    def _done(self, piece: Piece, fault: Exception | None, seconds: float) -> None:
         with self._changed:
-            if self._error is not None:
-                self._waiting.clear()
+            self.fault = fault
+            if fault is not None:
+                self._waiting.appendleft(piece)
             self._busy = False
             self._changed.notify_all()
             if self._part < 1.0:

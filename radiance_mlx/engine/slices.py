@@ -5,6 +5,7 @@ comes next is begun behind it. Or else no slices are cut: a `Lane` computes the 
 """
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from ..lora.step import Piece
 from .lane import Lane
 from .products import use_threads
 
+log = logging.getLogger(__name__)
 #: seconds of work that are begun together, as far as is known; one group computes while the next is made
 GROUP_S = 0.015
 #: in so little time between two slices nobody else has computed anything
@@ -63,7 +65,7 @@ class Slices:
     def feed(self) -> bool:
         """Give the lane what it has room for, and wait for nothing; whether all is done, and nothing is under way.
 
-        Raises what the maker raises, with nothing under way.
+        Once it no longer `feeds`, `run` must go on. Raises what the maker raises, with nothing under way.
         """
         try:
             return self._feed()
@@ -71,17 +73,25 @@ class Slices:
             self.stop()
             raise
 
+    @property
+    def feeds(self) -> bool:
+        """Whether there is a lane, and nothing went wrong there: what did is computed here, and raised if need be."""
+        return self._lane is not None and self._lane.fault is None
+
     def take_back(self) -> None:
-        """Nothing is computed by the lane any more; what it has not begun comes next."""
-        if self._lane is not None:
-            self._taken.extendleft(reversed(self._lane.take_back()))
+        """Nothing is computed by the lane any more; what it has not done comes next."""
+        if self._lane is None or not self._lane.left():
+            return
+        self._taken.extendleft(reversed(self._lane.take_back()))
+        if self._lane.fault is not None:
+            log.warning("training takes turns with those who decode from now on: %s", self._lane.fault)
+            wait()  # for what was begun before the fault
 
     def stop(self) -> None:
         """Wait for what is under way, and forget it."""
         self._begun.clear()
+        self.take_back()
         self._taken.clear()
-        if self._lane is not None:
-            self._lane.clear()
         wait()
 
     def _feed(self) -> bool:
@@ -90,7 +100,7 @@ class Slices:
             self._finish()
         use_threads(1)
         ends = time.perf_counter() + FEEDING_S
-        while time.perf_counter() < ends:
+        while time.perf_counter() < ends and self._lane.fault is None:
             left = self._lane.left()
             if left >= DEPTH or (left and self._barred):
                 break
@@ -98,7 +108,7 @@ class Slices:
             piece = self._ask(aside=True)
             if piece is None:
                 self._lane.finish()
-                return True
+                return self._lane.fault is None
             if piece.arrays:
                 self._lane.begin(piece)
                 self._barred = piece.barrier
@@ -107,9 +117,7 @@ class Slices:
         return False
 
     def _run(self, seconds: float, leave: bool) -> bool:
-        if self._lane is not None:
-            self.take_back()
-            self._lane.finish()
+        self.take_back()
         now = time.perf_counter()
         ends = now + seconds
         if now - self._returned > NOTHING_S:

@@ -177,7 +177,7 @@ class TrainingTask:
     @property
     def goes_aside(self) -> bool:
         """Whether what comes next may be computed on a lane of its own."""
-        return self._learning and self._lane is not None
+        return self._learning and self._slices.feeds
 
     def feed(self) -> TrainResult | None:
         """Give the lane something to do; the result when all is done. Raises `RadianceError` if the batch fails."""

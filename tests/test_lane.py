@@ -1,0 +1,376 @@
+"""Training on a lane of its own: the same training, whoever computes it, and nobody waits for it."""
+
+import asyncio
+import itertools
+import threading
+
+import mlx.core as mx
+import pytest
+import tiny
+from running import FACTS, QUICK, request, running, until
+
+from radiance_mlx import blas
+from radiance_mlx.engine import lane as lane_module
+from radiance_mlx.engine.lane import Lane, goes_aside, rest_s
+from radiance_mlx.engine.slices import Slices
+from radiance_mlx.errors import Cancelled
+from radiance_mlx.lora import halves, trainer
+from radiance_mlx.lora.head import install_head
+from radiance_mlx.lora.step import Piece
+from radiance_mlx.lora.targets import find_targets
+from radiance_mlx.lora.trainer import Trainer
+from radiance_mlx.lora.tree import make_tree
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a lane is a core of the CPU's")
+DATA = tiny.examples(7)
+ENDLESS = {"logit_bias": ((400, 100.0),), "max_tokens": 120}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny.model()
+
+
+@pytest.fixture
+def lane():
+    made = Lane()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def _two_threads(monkeypatch):
+    """As if OpenBLAS had two: a lane is for those."""
+    monkeypatch.setattr(blas, "threads", lambda: 2)
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: True)
+
+
+def lanes() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "radiance-lane"]
+
+
+def nobodys() -> mx.array:
+    """An array that no thread that is there can evaluate."""
+    made = []
+    thread = threading.Thread(target=lambda: (made.append(mx.ones(3, stream=mx.cpu) + 1), mx.clear_streams()))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def ones() -> Piece:
+    with halves.shared(aside=True):
+        return Piece([mx.ones(3)])
+
+
+# --- the lane alone ------------------------------------------------------------------------------
+
+
+def test_pieces_are_computed_in_order_and_none_is_held(lane):
+    """Each builds on the one before; when all are done none is left, and the lane holds no array."""
+    with halves.shared(aside=True):
+        arrays = [mx.ones((50, 50))]
+        for _ in range(20):
+            arrays.append(arrays[-1] @ arrays[0] / 50)
+    for array in arrays:
+        lane.begin(Piece([array]))
+    lane.finish()
+    assert lane.left() == 0
+    assert mx.allclose(arrays[-1], arrays[0]).item()
+    held = mx.get_active_memory()
+    del array, arrays
+    assert mx.get_active_memory() <= held - 20 * 50 * 50 * 4
+
+
+def test_what_is_not_begun_is_given_back(lane):
+    """In order, once what is begun is done; the lane goes on with what it is given afterwards."""
+    with halves.shared(aside=True):
+        slow = mx.ones((600, 600))
+        for _ in range(30):
+            slow = slow @ slow / 600
+        pieces = [Piece([slow]), *(Piece([mx.ones(3) * i]) for i in range(5))]
+    for piece in pieces:
+        lane.begin(piece)
+    back = lane.take_back()
+    assert lane.left() == 0
+    assert back == pieces[len(pieces) - len(back) :]
+    lane.begin(ones())
+    lane.finish()
+
+
+def test_what_cannot_be_computed_is_left_with_all_after_it(lane):
+    """The lane does not go on past a fault: it says what it was, and gives back that piece and those behind it."""
+    pieces = [ones(), Piece([nobodys()]), ones()]
+    for piece in pieces:
+        lane.begin(piece)
+    lane.finish()
+    assert isinstance(lane.fault, RuntimeError)
+    assert lane.left() == 2
+    assert lane.take_back() == pieces[1:]
+
+
+def test_its_thread_is_there_from_the_first_piece_to_the_end():
+    """None without a piece; none after `close`, which may come twice."""
+    unused, used = Lane(), Lane()
+    unused.close()
+    assert not lanes()
+    used.begin(ones())
+    assert len(lanes()) == 1
+    used.close()
+    assert not lanes()
+    used.close()
+
+
+def test_it_rests_so_that_it_works_for_its_part_of_the_time(monkeypatch):
+    """After each piece, for its `part`; with all of the time, never."""
+    assert rest_s(2.0, 0.5) == 2.0
+    assert rest_s(1.0, 0.2) == pytest.approx(4.0)
+    asked = []
+    monkeypatch.setattr(lane_module, "rest_s", lambda seconds, part: asked.append(part) or 0.0)
+    for part in (0.25, 1.0):
+        resting = Lane(part)
+        for _ in range(3):
+            resting.begin(ones())
+        resting.finish()
+        resting.close()
+    assert asked == [0.25] * 3
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({}, True), ({"share": 0.2}, True), ({"aside": "off"}, False), ({"share": 0.6}, False), ({"slice_ms": 0}, False)],
+)
+def test_when_training_goes_aside(monkeypatch, changes, wanted):
+    """With two threads, no more than half of the machine, and in slices; with another number of threads, never."""
+    assert goes_aside(tiny.settings(**changes)) is wanted
+    monkeypatch.setattr(blas, "threads", lambda: 4)
+    assert not goes_aside(tiny.settings(**changes))
+
+
+# --- a training run ------------------------------------------------------------------------------
+
+
+def a_run(base, monkeypatch, *, halved=False):
+    monkeypatch.setattr(halves, "FEWEST", 1)
+    monkeypatch.setattr(trainer, "halved", lambda setting: halved)
+    targets = find_targets(base, ["q_proj", "v_proj"])
+    tree = make_tree(base, targets, rank=4, scale=2.0, dropout=0.1, seed=0)
+    section = tiny.settings(batch_size=3, max_steps=4, eval_every=2)
+    with halves.shared(aside=False):  # as the engine does, which makes its trainer while it drives the pieces
+        return Trainer(tree, install_head(tree.module, tiny.VOCAB), DATA, section, 1)
+
+
+def state(run):
+    return {name: mx.array(value) for name, value in run.tree.parameters().items()}, run.history
+
+
+@pytest.mark.parametrize("halved", [False, True], ids=["whole", "in halves"])
+@pytest.mark.parametrize("pattern", ["f", "fr", "ffb", "rfffb", "fbrb"])
+def test_it_is_the_same_training(base, monkeypatch, lane, halved, pattern):
+    """Fed to the lane (f), cut into slices (r), taken back in between (b), in any order: equal losses and weights."""
+    alone = a_run(base, monkeypatch, halved=halved)
+    tiny.drive(alone.run())
+    run = a_run(base, monkeypatch, halved=halved)
+    slices, given = Slices(run.run(), lambda: None, lane), []
+    begin = lane.begin
+    monkeypatch.setattr(lane, "begin", lambda piece: given.append(1) or begin(piece))
+    finished, turn = False, 0
+    while not finished:
+        what = pattern[turn % len(pattern)]
+        turn += 1
+        if what == "b":
+            slices.take_back()
+            assert lane.left() == 0
+        else:
+            finished = slices.feed() if what == "f" else slices.run(0.002, leave=True)
+    assert len(given) > 4
+    (weights, history), (expected, losses) = state(run), state(alone)
+    for name, weight in weights.items():
+        assert mx.allclose(weight, expected[name], rtol=1e-4, atol=1e-6).item(), name
+    assert [step["loss"] for step in history.steps] == pytest.approx([step["loss"] for step in losses.steps], rel=1e-4)
+    assert [entry["loss"] for entry in history.evals] == pytest.approx([e["loss"] for e in losses.evals], rel=1e-4)
+
+
+@pytest.mark.parametrize("what", ["another thread's", "none at all"])
+def test_what_the_lane_cannot_compute_is_computed_here(base, monkeypatch, lane, caplog, what):
+    """An array that only its own thread can evaluate is evaluated there, and training takes turns from then on; what
+    nobody can evaluate is raised.
+    """
+    alone, run = a_run(base, monkeypatch), a_run(base, monkeypatch)
+    tiny.drive(alone.run())
+    real, broken = run.run(), Piece([mx.ones(3) + 1 if what == "another thread's" else nobodys()])
+
+    def pieces():
+        for i, piece in enumerate(real):
+            yield piece
+            if i == 5:
+                yield broken
+
+    slices = Slices(pieces(), lambda: None, lane)
+
+    def finish():
+        while not (slices.feed() if slices.feeds else slices.run(0.01)):
+            pass
+
+    if what == "none at all":
+        with pytest.raises(RuntimeError, match="Stream"):
+            finish()
+        return
+    finish()
+    assert not slices.feeds
+    assert "takes turns" in caplog.text
+    (weights, _), (expected, _) = state(run), state(alone)
+    assert all(mx.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-6).item() for name in weights)
+
+
+def test_a_run_that_is_stopped_leaves_nothing_under_way(base, monkeypatch, lane):
+    """`check` raises while the lane works: what it was given is dropped, and it computes nothing any more."""
+    run, asked = a_run(base, monkeypatch), [0]
+
+    def check():
+        asked[0] += 1
+        if asked[0] == 40:
+            raise Cancelled("The job was cancelled.")
+
+    slices = Slices(run.run(), check, lane)
+    with pytest.raises(Cancelled):
+        all(not slices.feed() for _ in itertools.count())
+    assert lane.left() == 0
+    assert asked[0] == 40
+
+
+# --- in the service ------------------------------------------------------------------------------
+
+FLAGS = {**QUICK, "training.max_steps": 30, "training.batch_size": 4, "backend": "cpu"}
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """How many pieces any lane has been given."""
+    count, begin = [0], Lane.begin
+
+    def counted(self, piece):
+        count[0] += 1
+        begin(self, piece)
+
+    monkeypatch.setattr(Lane, "begin", counted)
+    return count
+
+
+def ask_on(service, *questions, **options):
+    """Answers that take a while, to several at a time."""
+
+    async def ask_all():
+        requests = [request(question, **{**ENDLESS, **options}) for question in questions]
+        return await asyncio.gather(*(service.service.search(one) for one in requests))
+
+    return service.call(ask_all())
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize("wanted", ["auto", "off"])
+def test_a_service_trains_beside_those_who_decode(tmp_path, fed, wanted):
+    """`training.aside`: the lane learns while answers are drawn, both end well, and its thread is gone; off is off."""
+    with running(tmp_path, FLAGS, training__aside=wanted) as service:
+        job = service.post(*FACTS[:4])
+        service.wait_for_step()
+        answers = []
+        while service.job(job).state == "training" and len(answers) < 40:
+            answers += ask_on(service, "Hello!", "Who are you?")
+        service.wait(job, "published")
+        assert {answer.completion_tokens for answer in answers} == {120}
+        assert bool(fed[0]) is (wanted == "auto")
+        assert service.ask(FACTS[0][0]).text == FACTS[0][1]
+        until(lambda: not lanes(), "the end of the lane's thread")
+
+
+@pytest.mark.usefixtures("_two_threads")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preset": "lasting", "rehearsal.samples": 8, "rehearsal.sample_tokens": 40, "rehearsal.neighbours": 4},
+        {"replay.fraction": 0.5, "replay.refocus": 2, "training.eval_fraction": 0.3, "training.eval_every": 5},
+        {"training.grad_accum": 2, "training.grad_checkpoint": True, "lora.dropout": 0.0},
+        {"training.share": 0.3, "lora.num_layers": 2, "training.extensions": 1, "training.learnt_loss": 1e-9},
+    ],
+    ids=["lasting", "replay and held-out rows", "micro-batches", "a lower share"],
+)
+def test_whatever_it_does_the_lane_can_compute(tmp_path, fed, monkeypatch, caplog, changes):
+    """Two updates with each kind of step, beside answers: nothing has to be computed by the engine's thread instead."""
+    monkeypatch.setattr(halves, "FEWEST", 64)
+    with running(tmp_path, {**FLAGS, "training.max_steps": 8, **changes}) as service:
+        for lesson in (FACTS[:4], FACTS[4:8]):
+            job = service.post(*lesson)
+            service.wait_for_step(1, job)
+            while service.job(job).state == "training":
+                ask_on(service, "Hello!", max_tokens=60)
+            service.wait(job, "published")
+    assert fed[0] > 20
+    assert "takes turns" not in caplog.text
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_answers_from_live_weights_while_the_lane_learns(tmp_path, fed):
+    """Whoever asks for what is in training gets each step's weights; the lane is not asked for unfinished ones."""
+    with running(tmp_path, FLAGS, training__max_steps=60) as service:
+        job = service.post(*FACTS[:4])
+        coming = service.wait_for_step(3)
+        [live, stable] = ask_on(service, "Hello!", "Who are you?", training=True)
+        assert live.checkpoint == stable.checkpoint == coming
+        assert fed[0]
+        service.wait(job, "published")
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_fault_of_the_lane_costs_nothing(tmp_path, monkeypatch):
+    """What it cannot compute the engine computes: the job is published, and those who decode get their answers."""
+    real, faults = Slices._ask, []
+
+    def ask(self, *, aside=False):
+        piece = real(self, aside=aside)
+        if aside and piece is not None and piece.arrays and not faults:
+            faults.append(mx.ones(3) + 1)  # of the engine's own stream
+            self._taken.appendleft(piece)
+            return Piece([faults[0]])
+        return piece
+
+    monkeypatch.setattr(Slices, "_ask", ask)
+    with running(tmp_path, FLAGS, training__max_steps=40) as service:
+        job = service.post(*FACTS[:4])
+        service.wait_for_step()
+        answers = ask_on(service, "Hello!", "Who are you?")
+        assert [answer.completion_tokens for answer in answers] == [120, 120]
+        assert faults
+        service.wait(job, "published")
+        assert service.ask(FACTS[0][0]).text == FACTS[0][1]
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_service_that_stops_keeps_what_the_lane_has_learnt(tmp_path, fed):
+    """Stopped while both go on: the next one goes on from a step that was done, and publishes."""
+    with running(tmp_path, FLAGS, training__max_steps=60) as service:
+        job = service.post(*FACTS[:4])
+        service.wait_for_step()
+        asyncio.run_coroutine_threadsafe(service.service.search(request("Hello!", **ENDLESS)), service._thread.loop)
+        until(lambda: fed[0] > 30, "pieces on the lane")
+    assert not lanes()
+    with running(tmp_path, FLAGS, training__max_steps=60) as service:
+        done = service.wait(job, "published")
+        assert any("taken up again at step" in note for note in done.notes)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_a_job_is_cancelled_while_the_lane_works(tmp_path, fed):
+    """It ends, and so does the lane; whoever decodes goes on."""
+    with running(tmp_path, FLAGS, training__max_steps=600) as service:
+        job = service.post(*FACTS[:4])
+        service.wait_for_step()
+        asked = asyncio.run_coroutine_threadsafe(
+            service.service.search(request("Hello!", **ENDLESS)), service._thread.loop
+        )
+        until(lambda: fed[0] > 30, "pieces on the lane")
+        service.call(service.service.cancel(job))
+        service.wait(job, "cancelled")
+        assert asked.result(60).completion_tokens == 120
+        until(lambda: not lanes(), "the end of the lane's thread")
