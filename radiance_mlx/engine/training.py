@@ -205,6 +205,7 @@ class TrainingTask:
         yield Piece([], barrier=True)
         if self._evaluation:
             yield from self._evaluation.before(trainer, self._preparation.examples, self._known_before)
+        mx.eval(trainer.tree.module.parameters())  # the base's are used by two threads from here on, if there is a lane
         self._learning = True
         yield from self._learn(trainer)
         self._learning = False
