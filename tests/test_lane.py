@@ -10,7 +10,6 @@ import tiny
 from running import FACTS, QUICK, request, running, until
 
 from radiance_mlx import blas
-from radiance_mlx.engine import lane as lane_module
 from radiance_mlx.engine.lane import Lane, goes_aside, rest_s
 from radiance_mlx.engine.slices import Slices
 from radiance_mlx.errors import Cancelled
@@ -66,47 +65,72 @@ def ones() -> Piece:
 # --- the lane alone ------------------------------------------------------------------------------
 
 
-def test_pieces_are_computed_in_order_and_none_is_held(lane):
-    """Each builds on the one before; when all are done none is left, and the lane holds no array."""
-    with halves.shared(aside=True):
-        arrays = [mx.ones((50, 50))]
-        for _ in range(20):
-            arrays.append(arrays[-1] @ arrays[0] / 50)
-    for array in arrays:
-        lane.begin(Piece([array]))
+class Seen(list):
+    """Arrays of a piece that tell when they are asked for."""
+
+    def __init__(self, name, asked):
+        super().__init__(ones().arrays)
+        self._name, self._asked = name, asked
+
+    def __iter__(self):
+        self._asked.append(self._name)
+        return super().__iter__()
+
+
+def test_pieces_are_computed_in_order(lane):
+    """One after the other, in the order of `begin`."""
+    asked = []
+    for name in range(20):
+        lane.begin(Piece(Seen(name, asked)))
     lane.finish()
     assert lane.left() == 0
-    assert mx.allclose(arrays[-1], arrays[0]).item()
-    held = mx.get_active_memory()
-    del array, arrays
-    assert mx.get_active_memory() <= held - 20 * 50 * 50 * 4
+    assert asked == list(range(20))
+
+
+def test_no_array_is_held_once_it_is_computed(lane):
+    """Not while the lane waits for the next piece, nor while it rests."""
+    for one in (lane, resting := Lane(1e-6)):
+        with halves.shared(aside=True):
+            array = mx.ones((500, 500))
+        held = mx.get_active_memory()
+        one.begin(Piece([array]))
+        one.finish()
+        del array
+        until(lambda held=held: mx.get_active_memory() <= held, "its memory back")
+    resting.close()
+
+
+def slow() -> Piece:
+    """One that takes a while."""
+    with halves.shared(aside=True):
+        array = mx.ones((600, 600))
+        for _ in range(60):
+            array = array @ array / 600
+        return Piece([array])
 
 
 def test_what_is_not_begun_is_given_back(lane):
-    """In order, once what is begun is done; the lane goes on with what it is given afterwards."""
-    with halves.shared(aside=True):
-        slow = mx.ones((600, 600))
-        for _ in range(30):
-            slow = slow @ slow / 600
-        pieces = [Piece([slow]), *(Piece([mx.ones(3) * i]) for i in range(5))]
+    """All of it, in order, once what is begun is done; the lane goes on with what it is given afterwards."""
+    pieces = [slow(), *(ones() for _ in range(5))]
     for piece in pieces:
         lane.begin(piece)
-    back = lane.take_back()
+    until(lambda: lane._busy, "the first piece under way")
+    assert lane.take_back() == pieces[1:]
     assert lane.left() == 0
-    assert back == pieces[len(pieces) - len(back) :]
     lane.begin(ones())
     lane.finish()
+    assert lane.left() == 0
 
 
-def test_what_cannot_be_computed_is_left_with_all_after_it(lane):
-    """The lane does not go on past a fault: it says what it was, and gives back that piece and those behind it."""
-    pieces = [ones(), Piece([nobodys()]), ones()]
-    for piece in pieces:
+def test_nothing_is_computed_after_a_fault(lane):
+    """The lane says what it was, and drops what comes after it."""
+    asked = []
+    for piece in (ones(), Piece([nobodys()]), Piece(Seen("after", asked))):
         lane.begin(piece)
     lane.finish()
     assert isinstance(lane.fault, RuntimeError)
-    assert lane.left() == 2
-    assert lane.take_back() == pieces[1:]
+    assert lane.left() == 0
+    assert not asked
 
 
 def test_its_thread_is_there_from_the_first_piece_to_the_end():
@@ -121,19 +145,19 @@ def test_its_thread_is_there_from_the_first_piece_to_the_end():
     used.close()
 
 
-def test_it_rests_so_that_it_works_for_its_part_of_the_time(monkeypatch):
-    """After each piece, for its `part`; with all of the time, never."""
+def test_it_rests_so_that_it_works_for_its_part_of_the_time():
+    """After each piece, for its `part`; it can be taken back and closed meanwhile."""
     assert rest_s(2.0, 0.5) == 2.0
     assert rest_s(1.0, 0.2) == pytest.approx(4.0)
-    asked = []
-    monkeypatch.setattr(lane_module, "rest_s", lambda seconds, part: asked.append(part) or 0.0)
-    for part in (0.25, 1.0):
-        resting = Lane(part)
-        for _ in range(3):
-            resting.begin(ones())
-        resting.finish()
-        resting.close()
-    assert asked == [0.25] * 3
+    assert rest_s(1.0, 1.0) == 0.0
+    assert rest_s(1.0, 1e-12) == 3600.0
+    resting, pieces = Lane(1e-9), [ones(), ones()]
+    for piece in pieces:
+        resting.begin(piece)
+    until(lambda: resting.left() == 1, "the first piece's end")
+    assert resting.take_back() == pieces[1:]
+    resting.close()
+    assert not lanes()
 
 
 @pytest.mark.usefixtures("_two_threads")
@@ -151,27 +175,28 @@ def test_when_training_goes_aside(monkeypatch, changes, wanted):
 # --- a training run ------------------------------------------------------------------------------
 
 
-def a_run(base, monkeypatch, *, halved=False):
+def a_run(base, monkeypatch, *, halved=False, with_head=True):
     monkeypatch.setattr(halves, "FEWEST", 1)
     monkeypatch.setattr(trainer, "halved", lambda setting: halved)
     targets = find_targets(base, ["q_proj", "v_proj"])
     tree = make_tree(base, targets, rank=4, scale=2.0, dropout=0.1, seed=0)
     section = tiny.settings(batch_size=3, max_steps=4, eval_every=2)
+    head = install_head(tree.module, tiny.VOCAB) if with_head else None
     with halves.shared(aside=False):  # as the engine does, which makes its trainer while it drives the pieces
-        return Trainer(tree, install_head(tree.module, tiny.VOCAB), DATA, section, 1)
+        return Trainer(tree, head, DATA, section, 1)
 
 
 def state(run):
     return {name: mx.array(value) for name, value in run.tree.parameters().items()}, run.history
 
 
-@pytest.mark.parametrize("halved", [False, True], ids=["whole", "in halves"])
+@pytest.mark.parametrize("kind", [{}, {"halved": True}, {"halved": True, "with_head": False}], ids=lambda k: str([*k]))
 @pytest.mark.parametrize("pattern", ["f", "fr", "ffb", "rfffb", "fbrb"])
-def test_it_is_the_same_training(base, monkeypatch, lane, halved, pattern):
+def test_it_is_the_same_training(base, monkeypatch, lane, kind, pattern):
     """Fed to the lane (f), cut into slices (r), taken back in between (b), in any order: equal losses and weights."""
-    alone = a_run(base, monkeypatch, halved=halved)
+    alone = a_run(base, monkeypatch, **kind)
     tiny.drive(alone.run())
-    run = a_run(base, monkeypatch, halved=halved)
+    run = a_run(base, monkeypatch, **kind)
     slices, given = Slices(run.run(), lambda: None, lane), []
     begin = lane.begin
     monkeypatch.setattr(lane, "begin", lambda piece: given.append(1) or begin(piece))
@@ -192,36 +217,46 @@ def test_it_is_the_same_training(base, monkeypatch, lane, halved, pattern):
     assert [entry["loss"] for entry in history.evals] == pytest.approx([e["loss"] for e in losses.evals], rel=1e-4)
 
 
-@pytest.mark.parametrize("what", ["another thread's", "none at all"])
-def test_what_the_lane_cannot_compute_is_computed_here(base, monkeypatch, lane, caplog, what):
-    """An array that only its own thread can evaluate is evaluated there, and training takes turns from then on; what
-    nobody can evaluate is raised.
-    """
-    alone, run = a_run(base, monkeypatch), a_run(base, monkeypatch)
-    tiny.drive(alone.run())
-    real, broken = run.run(), Piece([mx.ones(3) + 1 if what == "another thread's" else nobodys()])
+@pytest.mark.parametrize("then", ["feed", "run"])
+def test_a_fault_of_the_lane_ends_the_run(base, monkeypatch, lane, then):
+    """As one in a slice does, with nothing under way: the next call raises it."""
+    slices = Slices(a_run(base, monkeypatch).run(), lambda: None, lane)
+    slices.feed()
+    lane.begin(Piece([nobodys()]))
+    lane.finish()
+    with pytest.raises(RuntimeError, match="Stream"):
+        slices.feed() if then == "feed" else slices.run(0.01)
+    assert lane.left() == 0
+    assert not slices._taken
+
+
+def test_nothing_is_asked_for_before_a_barrier_is_done(lane):
+    """Also one without arrays, after which there may be a pause: what is before it is done by then."""
+    seen = []
 
     def pieces():
-        for i, piece in enumerate(real):
-            yield piece
-            if i == 5:
-                yield broken
+        yield slow()
+        yield Piece([], barrier=True)
+        seen.append(lane.left())
+        yield slow()
+        yield Piece([], pause=True)
+        seen.append(lane.left())
 
     slices = Slices(pieces(), lambda: None, lane)
+    until(slices.feed, "the end of the run")
+    assert seen == [0, 0]
 
-    def finish():
-        while not (slices.feed() if slices.feeds else slices.run(0.01)):
-            pass
 
-    if what == "none at all":
-        with pytest.raises(RuntimeError, match="Stream"):
-            finish()
-        return
-    finish()
-    assert not slices.feeds
-    assert "takes turns" in caplog.text
-    (weights, _), (expected, _) = state(run), state(alone)
-    assert all(mx.allclose(weights[name], expected[name], rtol=1e-4, atol=1e-6).item() for name in weights)
+def test_pieces_of_one_stream_are_for_all_threads_in_a_slice(base, monkeypatch, lane):
+    """Of a micro-batch whose halves lie on one stream, one core would do nothing: its products take both. On two
+    streams, each takes one.
+    """
+    threads = {}
+    for aside in (True, False):
+        pieces = a_run(base, monkeypatch, halved=True).run()
+        with halves.shared(aside=aside):
+            threads[aside] = {piece.threads for piece in itertools.islice(pieces, 8) if piece.arrays}
+    assert threads == {True: {0}, False: {1}}
 
 
 def test_a_run_that_is_stopped_leaves_nothing_under_way(base, monkeypatch, lane):
@@ -296,8 +331,8 @@ def test_a_service_trains_beside_those_who_decode(tmp_path, fed, wanted):
     ],
     ids=["lasting", "replay and held-out rows", "micro-batches", "a lower share"],
 )
-def test_whatever_it_does_the_lane_can_compute(tmp_path, fed, monkeypatch, caplog, changes):
-    """Two updates with each kind of step, beside answers: nothing has to be computed by the engine's thread instead."""
+def test_whatever_it_does_the_lane_can_compute(tmp_path, fed, monkeypatch, changes):
+    """Two updates with each kind of step, beside answers."""
     monkeypatch.setattr(halves, "FEWEST", 64)
     with running(tmp_path, {**FLAGS, "training.max_steps": 8, **changes}) as service:
         for lesson in (FACTS[:4], FACTS[4:8]):
@@ -307,43 +342,41 @@ def test_whatever_it_does_the_lane_can_compute(tmp_path, fed, monkeypatch, caplo
                 ask_on(service, "Hello!", max_tokens=60)
             service.wait(job, "published")
     assert fed[0] > 20
-    assert "takes turns" not in caplog.text
 
 
 @pytest.mark.usefixtures("_two_threads")
-def test_answers_from_live_weights_while_the_lane_learns(tmp_path, fed):
-    """Whoever asks for what is in training gets each step's weights; the lane is not asked for unfinished ones."""
+def test_answers_from_live_weights_take_turns_with_it(tmp_path, fed):
+    """Whoever asks for what is in training gets each step's weights: meanwhile they take turns, and nothing is fed."""
     with running(tmp_path, FLAGS, training__max_steps=60) as service:
         job = service.post(*FACTS[:4])
         coming = service.wait_for_step(3)
-        [live, stable] = ask_on(service, "Hello!", "Who are you?", training=True)
-        assert live.checkpoint == stable.checkpoint == coming
-        assert fed[0]
+        [live, other] = ask_on(service, "Hello!", "Who are you?", training=True)
+        assert live.checkpoint == other.checkpoint == coming
+        assert not fed[0]
         service.wait(job, "published")
 
 
 @pytest.mark.usefixtures("_two_threads")
-def test_a_fault_of_the_lane_costs_nothing(tmp_path, monkeypatch):
-    """What it cannot compute the engine computes: the job is published, and those who decode get their answers."""
+def test_a_fault_of_the_lane_ends_the_job_and_no_request(tmp_path, monkeypatch):
+    """Those who decode get their answers, and the next update is learnt."""
     real, faults = Slices._ask, []
 
     def ask(self, *, aside=False):
         piece = real(self, aside=aside)
         if aside and piece is not None and piece.arrays and not faults:
-            faults.append(mx.ones(3) + 1)  # of the engine's own stream
-            self._taken.appendleft(piece)
+            faults.append(nobodys())
             return Piece([faults[0]])
         return piece
 
     monkeypatch.setattr(Slices, "_ask", ask)
-    with running(tmp_path, FLAGS, training__max_steps=40) as service:
+    with running(tmp_path, FLAGS, training__max_steps=60) as service:
         job = service.post(*FACTS[:4])
         service.wait_for_step()
         answers = ask_on(service, "Hello!", "Who are you?")
         assert [answer.completion_tokens for answer in answers] == [120, 120]
         assert faults
-        service.wait(job, "published")
-        assert service.ask(FACTS[0][0]).text == FACTS[0][1]
+        assert service.wait(job, "failed").error
+        assert service.learn(FACTS[5]) == service.current
 
 
 @pytest.mark.usefixtures("_two_threads")

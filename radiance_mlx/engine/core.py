@@ -1,7 +1,7 @@
 """The engine: one base, its banked serving tree, requests, and one batch in training. One thread's affair.
 
-`step()` does one thing that the planner picked: generate for all active requests, a slice of background
-work, or nothing. It knows no HTTP, no database and no event loop.
+`step()` does one thing that the planner picked: generate for all active requests (and feed training's lane, if it
+has one), a slice of background work, or nothing. It knows no HTTP, no database and no event loop.
 """
 
 import copy
@@ -274,11 +274,15 @@ class Engine:
         return True
 
     def _goes_aside(self, requests: int, decoding: int) -> bool:
-        """Whether training goes on beside this step, or else, that nothing of it is computed meanwhile."""
+        """Whether the lane trains beside this step; if not, it is taken back.
+
+        Those who use the live weights read what it would change.
+        """
         task = self._task
         if not isinstance(task, TrainingTask):
             return False
-        aside = requests == decoding > 0 and task.goes_aside and not self._fused.pending
+        aside = requests == decoding > 0 and task.goes_aside
+        aside = aside and not (self._fused.pending or self._decoder.answers_live)
         if not aside:
             task.take_back()
         return aside
@@ -333,8 +337,6 @@ class Engine:
         stepped = isinstance(task, TrainingTask) and task.step != before
         if isinstance(task, TrainingTask) and not stepped:  # else the live weights may have been waited for
             self._left_s = task.under_way_s
-        if isinstance(task, TrainingTask) and self._decoder.answers_live:
-            task.take_back()  # the live weights may be under way there
         del task  # nobody may hold it when it ends
         if outcome is not None:
             self._finish(outcome)

@@ -26,15 +26,15 @@ def goes_aside(training: TrainingSection) -> bool:
 
 
 def rest_s(seconds: float, part: float) -> float:
-    """How long to rest after so much work, in seconds, so that it was `part` of the time."""
-    return seconds * (1.0 / part - 1.0)
+    """How long to rest after so much work, in seconds, so that it was `part` of the time; an hour at most."""
+    return min(3600.0, seconds * (1.0 / part - 1.0))
 
 
 class Lane:
     """Takes pieces from one thread, and evaluates them in another, which lives from the first of them to `close`.
 
     It works for `part` of the time (0 < part <= 1) that there is something to do. `fault` is what went wrong with a
-    piece: that one and all others are left then, for whoever takes them back to compute.
+    piece: nothing is computed after that.
     """
 
     def __init__(self, part: float = 1.0) -> None:
@@ -42,7 +42,7 @@ class Lane:
         self._changed = threading.Condition()
         self._waiting: deque[Piece] = deque()
         self._busy = self._closed = False
-        self.fault: BaseException | None = None
+        self.fault: Exception | None = None
         self._thread: threading.Thread | None = None
 
     # --- for the other thread --------------------------------------------------------------------
@@ -52,8 +52,9 @@ class Lane:
         with self._changed:
             if self._thread is None:
                 device = mx.default_device()
-                self._thread = threading.Thread(target=self._work, args=(device,), name="radiance-lane", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, args=(device,), name="radiance-lane", daemon=True)
+                thread.start()
+                self._thread = thread
             self._waiting.append(piece)
             self._changed.notify_all()
 
@@ -65,7 +66,7 @@ class Lane:
     def finish(self) -> None:
         """Wait for all pieces, or for a fault."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._busy and (self.fault is not None or not self._waiting))
+            self._changed.wait_for(lambda: not (self._waiting or self._busy))
 
     def take_back(self) -> list[Piece]:
         """The pieces that are not begun, in order, once nothing is computed any more."""
@@ -88,32 +89,43 @@ class Lane:
 
     def _work(self, device: mx.Device) -> None:
         mx.set_default_device(device)
-        while (piece := self._next()) is not None:
-            started = time.perf_counter()
-            try:
-                for array in piece.arrays:
-                    mx.eval(array)
-                fault = None
-            except Exception as error:
-                fault = error
-            self._done(piece, fault, time.perf_counter() - started)
-            piece = array = None  # evaluated outputs must not be held
-        mx.clear_streams()  # of this thread: one that ends with streams open aborts the process at exit
+        try:
+            while (piece := self._next()) is not None:
+                started = time.perf_counter()
+                fault = _fault_of(piece)
+                piece = None  # evaluated outputs must not be held
+                self._done(fault)
+                self._rest(time.perf_counter() - started)
+        finally:
+            mx.clear_streams()  # of this thread: one that ends with streams open aborts the process at exit
 
     def _next(self) -> Piece | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or (self._waiting and self.fault is None))
+            self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
             self._busy = True
             return self._waiting.popleft()
 
-    def _done(self, piece: Piece, fault: Exception | None, seconds: float) -> None:
+    def _done(self, fault: Exception | None) -> None:
         with self._changed:
-            self.fault = fault
             if fault is not None:
-                self._waiting.appendleft(piece)
+                self.fault = fault
+                self._waiting.clear()
             self._busy = False
             self._changed.notify_all()
-            if self._part < 1.0:
+
+    def _rest(self, seconds: float) -> None:
+        if self._part < 1.0:
+            with self._changed:
                 self._changed.wait_for(lambda: self._closed, timeout=rest_s(seconds, self._part))
+
+
+def _fault_of(piece: Piece) -> Exception | None:
+    """Evaluates `piece`, and gives what went wrong."""
+    try:
+        for array in piece.arrays:
+            mx.eval(array)
+    except Exception as error:
+        return error
+    return None

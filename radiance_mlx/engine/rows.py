@@ -3,8 +3,8 @@
 Both ride as one more entry in the sequence's prompt cache, which the generator merges, filters, extends and
 extracts like any other. The model wrapper takes the entry off, sets the bank's rows, and the one sampler that
 all sequences share reads temperatures, top_p and keys from it. A row's key is (seed, tokens drawn so far), so
-its answer is the same alone and in any batch. What some rows want beyond that (`wishes`) costs nothing in a batch
-in which no row does, and changes no other row.
+its answer is the same alone and in any batch, but for rounding. What some rows want beyond that (`wishes`) costs
+nothing in a batch in which no row does, and changes no other row.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,6 @@ comes next is begun behind it. Or else no slices are cut: a `Lane` computes the 
 """
 
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,24 +12,23 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from ..errors import RadianceError
-from ..lora.halves import shared, wait
+from ..lora.halves import forget, shared
 from ..lora.step import Piece
 from .lane import Lane
 from .products import use_threads
 
-log = logging.getLogger(__name__)
 #: seconds of work that are begun together, as far as is known; one group computes while the next is made
 GROUP_S = 0.015
 #: in so little time between two slices nobody else has computed anything
 NOTHING_S = 0.001
-#: pieces that the lane is given ahead: more than it can compute in one step of those who decode
+#: pieces that the lane is given ahead: of all but small models, more than it computes in one step of those who decode
 DEPTH = 16
 #: and no longer than this in one go, for they wait
 FEEDING_S = 0.01
 
 
 class Slices:
-    """Drives a generator of pieces. `check` is called before each group of them is begun, and may raise.
+    """Drives a generator of pieces. `check` is called before each group of them is begun or asked for, and may raise.
 
     With a `lane` they may be computed there, too: what the maker itself evaluates must come after a barrier.
     """
@@ -65,7 +63,7 @@ class Slices:
     def feed(self) -> bool:
         """Give the lane what it has room for, and wait for nothing; whether all is done, and nothing is under way.
 
-        Once it no longer `feeds`, `run` must go on. Raises what the maker raises, with nothing under way.
+        Raises what the maker raises, or the lane's fault, with nothing under way.
         """
         try:
             return self._feed()
@@ -73,51 +71,50 @@ class Slices:
             self.stop()
             raise
 
-    @property
-    def feeds(self) -> bool:
-        """Whether there is a lane, and nothing went wrong there: what did is computed here, and raised if need be."""
-        return self._lane is not None and self._lane.fault is None
-
     def take_back(self) -> None:
-        """Nothing is computed by the lane any more; what it has not done comes next."""
-        if self._lane is None or not self._lane.left():
-            return
-        self._taken.extendleft(reversed(self._lane.take_back()))
-        if self._lane.fault is not None:
-            log.warning("training takes turns with those who decode from now on: %s", self._lane.fault)
-            wait()  # for what was begun before the fault
+        """Nothing is computed by the lane any more; what it has not begun comes next."""
+        if self._lane is not None and self._lane.left():
+            self._taken.extendleft(reversed(self._lane.take_back()))
 
     def stop(self) -> None:
-        """Wait for what is under way, and forget it."""
+        """Wait for what is under way, and forget it, and what goes wrong with it."""
         self._begun.clear()
         self.take_back()
         self._taken.clear()
-        wait()
+        forget()
 
     def _feed(self) -> bool:
         assert self._lane is not None
+        self._untimed = len(self._begun)  # others have computed since
         while self._begun:
             self._finish()
         use_threads(1)
         ends = time.perf_counter() + FEEDING_S
-        while time.perf_counter() < ends and self._lane.fault is None:
+        while time.perf_counter() < ends:
+            self._check()
+            self._raise_fault()
             left = self._lane.left()
             if left >= DEPTH or (left and self._barred):
                 break
-            self._check()
             piece = self._ask(aside=True)
             if piece is None:
                 self._lane.finish()
-                return self._lane.fault is None
+                self._raise_fault()
+                return True
             if piece.arrays:
                 self._lane.begin(piece)
-                self._barred = piece.barrier
+            self._barred = piece.barrier or piece.pause
             if piece.pause:
                 break
         return False
 
+    def _raise_fault(self) -> None:
+        if self._lane is not None and self._lane.fault is not None:
+            raise self._lane.fault
+
     def _run(self, seconds: float, leave: bool) -> bool:
         self.take_back()
+        self._raise_fault()
         now = time.perf_counter()
         ends = now + seconds
         if now - self._returned > NOTHING_S:

@@ -108,7 +108,8 @@ class TrainingTask:
         facts.append(config.model.chat_template_args)
         facts += [halved(config.training.halves), by_powers(config.serving.sigmoid)]  # both round otherwise
         chosen = (config.lora, config.training, config.replay, config.rehearsal)
-        sections = [section.model_dump(exclude={"ask_ahead"}) for section in chosen]  # when it is asked changes nothing
+        elsewhere = {"ask_ahead", "aside"}  # when it is asked, and where it is computed, changes nothing
+        sections = [section.model_dump(exclude=elsewhere) for section in chosen]
         return hashlib.sha256(json.dumps([facts, sections], sort_keys=True).encode()).hexdigest()
 
     def _resume(self, trainer: Trainer) -> bool:
@@ -177,7 +178,7 @@ class TrainingTask:
     @property
     def goes_aside(self) -> bool:
         """Whether what comes next may be computed on a lane of its own."""
-        return self._learning and self._slices.feeds
+        return self._learning and self._lane is not None
 
     def feed(self) -> TrainResult | None:
         """Give the lane something to do; the result when all is done. Raises `RadianceError` if the batch fails."""
@@ -205,10 +206,12 @@ class TrainingTask:
         yield Piece([], barrier=True)
         if self._evaluation:
             yield from self._evaluation.before(trainer, self._preparation.examples, self._known_before)
-        mx.eval(trainer.tree.module.parameters())  # the base's are used by two threads from here on, if there is a lane
+        if self._lane is not None:
+            mx.eval(trainer.tree.module.parameters())  # the base's are used by two threads from here on
         self._learning = True
         yield from self._learn(trainer)
         self._learning = False
+        yield Piece([], barrier=True, pause=True)  # what follows is no longer for the lane
         self._phase = "evaluating"
         self._report(self._progress())
         if self._evaluation:

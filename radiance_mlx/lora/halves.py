@@ -69,10 +69,20 @@ def shared(*, aside: bool) -> Iterator[None]:
 
 
 def wait() -> None:
-    """Until nothing that this thread has begun is under way any more, on any stream."""
-    mx.synchronize()
-    for stream in (*(_streams.own or ()), *(_streams.shared or ())):
+    """Until nothing that this thread has begun is under way any more, on any stream. Raises what went wrong with it."""
+    for stream in _all():
         mx.synchronize(stream)
+
+
+def forget() -> None:
+    """As `wait`, but for what went wrong: nobody wants it any more."""
+    for stream in _all():
+        with contextlib.suppress(RuntimeError):
+            mx.synchronize(stream)
+
+
+def _all() -> list[mx.Stream]:
+    return [mx.default_stream(mx.default_device()), *(_streams.own or ()), *(_streams.shared or ())]
 
 
 def in_halves(batch: Sequence[Any]) -> list[tuple[Any, ...]]:

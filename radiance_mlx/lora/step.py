@@ -101,10 +101,10 @@ class LossFunction:
 
     def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, Any]:
         """(token-mean cross-entropy in nats, number of targets)."""
-        if self._head is None:
-            return default_loss(module, tokens, spans)
         batch = (tokens, spans)
         targets = target_positions(batch)[1]
+        if self._head is None:
+            return default_loss(module, tokens, spans)[0], len(targets)
         losses = losses_at_targets(self._tree, self._head, batch, CROSS_ENTROPY, [mx.array(targets)])
         return losses.mean(), len(targets)
 
@@ -167,14 +167,16 @@ class MicroBatch:
         self, halves: list[tuple[Any, ...]], key: mx.array, hidden: list[mx.array], result: MicroBatchResult
     ) -> Iterator[Piece]:
         found = [MicroBatchResult() for _ in halves]
-        middle = halves[0][0].shape[0]
+        middle, (own, other) = halves[0][0].shape[0], streams()
         begun = [[h[:middle] for h in hidden], [h[middle:] for h in hidden]]
         runs = []
-        for half, own, start, stream, one in zip(halves, mx.random.split(key), begun, streams(), found, strict=True):
+        for half, part, start, stream, one in zip(
+            halves, mx.random.split(key), begun, (own, other), found, strict=True
+        ):
             with mx.stream(stream):
-                runs.append(self._cut(half, own, start, one))
+                runs.append(self._cut(half, part, start, one))
             yield Piece([])  # building took a while: there may be something else to do
-        yield from _side_by_side(runs)
+        yield from _side_by_side(runs, threads=1 if own != other else 0)
         counts = [int(one.tokens) for one in found]
         shares = [1.0 if self._summed else count / sum(counts) for count in counts]
         result.tokens = sum(counts)
@@ -196,11 +198,11 @@ class MicroBatch:
         return itertools.chain(_one_by_one(outputs, tape.dear), ends)
 
 
-def _side_by_side(runs: Sequence[Iterator[Piece]]) -> Iterator[Piece]:
-    """The pieces of all runs, those of the same place as one: what each computes, one thread of OpenBLAS does."""
+def _side_by_side(runs: Sequence[Iterator[Piece]], threads: int) -> Iterator[Piece]:
+    """The pieces of all runs, those of the same place as one, for so many threads of OpenBLAS."""
     for pieces in itertools.zip_longest(*runs, fillvalue=Piece([])):
         arrays = [array for piece in pieces for array in piece.arrays]
-        yield Piece(arrays, barrier=any(piece.barrier for piece in pieces), threads=1)
+        yield Piece(arrays, barrier=any(piece.barrier for piece in pieces), threads=threads)
 
 
 def _weighted(shares: Sequence[float], values: Sequence[Any]) -> mx.array:

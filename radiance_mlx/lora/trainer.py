@@ -2,7 +2,8 @@
 
 `Trainer.run()` is a generator of `Piece`s; whoever drives it evaluates them, as many at once as its time
 allows. Losses, data, optimizer steps and results are those of mlx-lm's `train`; only where the step is cut is
-ours. State can be taken out after any step and put back: the run then goes on bit by bit the same.
+ours. State can be taken out after any step and put back: the run then goes on the same, bit by bit where as many
+threads of OpenBLAS compute it.
 """
 
 import itertools
