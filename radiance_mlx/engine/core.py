@@ -314,11 +314,14 @@ class Engine:
         self._go_on(seconds)
 
     def _feed(self) -> None:
+        failed = None
         try:
             self._go_on(None)
         except Exception as error:
             log.exception("training failed beside a step")
-            self._finish(InternalError.of(error))
+            failed = InternalError.of(error)
+        if failed is not None:  # here, where the error holds nothing any more
+            self._finish(failed)
 
     def _go_on(self, seconds: float | None) -> None:
         """With the task, for about so long; None: beside those who decode."""

@@ -48,8 +48,10 @@ class Lane:
     # --- for the other thread --------------------------------------------------------------------
 
     def begin(self, piece: Piece) -> None:
-        """Have `piece` computed after all others."""
+        """Have `piece` computed after all others, unless there is a fault."""
         with self._changed:
+            if self.fault is not None:
+                return
             if self._thread is None:
                 device = mx.default_device()
                 thread = threading.Thread(target=self._work, args=(device,), name="radiance-lane", daemon=True)
@@ -84,6 +86,7 @@ class Lane:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+        self.fault = None
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -127,5 +130,5 @@ def _fault_of(piece: Piece) -> Exception | None:
         for array in piece.arrays:
             mx.eval(array)
     except Exception as error:
-        return error
+        return error.with_traceback(None)  # its frames hold the piece
     return None

@@ -73,8 +73,12 @@ class Slices:
 
     def take_back(self) -> None:
         """Nothing is computed by the lane any more; what it has not begun comes next."""
-        if self._lane is not None and self._lane.left():
+        if self._lane is None:
+            return
+        if self._lane.left():
             self._taken.extendleft(reversed(self._lane.take_back()))
+        if self._lane.fault is not None:
+            forget()  # MLX keeps a fault for whoever waits for the stream next: that must not be those who decode
 
     def stop(self) -> None:
         """Wait for what is under way, and forget it, and what goes wrong with it."""
@@ -92,8 +96,8 @@ class Slices:
         ends = time.perf_counter() + FEEDING_S
         while time.perf_counter() < ends:
             self._check()
-            self._raise_fault()
             left = self._lane.left()
+            self._raise_fault()  # after that: what is left is none once there is one
             if left >= DEPTH or (left and self._barred):
                 break
             piece = self._ask(aside=True)
@@ -101,7 +105,7 @@ class Slices:
                 self._lane.finish()
                 self._raise_fault()
                 return True
-            if piece.arrays:
+            if piece.arrays or left:  # an empty barrier, too: else it would not be taken back with what is before it
                 self._lane.begin(piece)
             self._barred = piece.barrier or piece.pause
             if piece.pause:

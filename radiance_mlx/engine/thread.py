@@ -362,7 +362,7 @@ def _release_streams() -> None:
     """MLX's streams belong to threads: one that ends with its streams open aborts the process at exit."""
     import mlx.core as mx
 
-    from ..lora.halves import wait
+    from ..lora.halves import forget
 
-    wait()
+    forget()
     mx.clear_streams()

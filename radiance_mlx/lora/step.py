@@ -42,7 +42,7 @@ class MicroBatchResult:
     """What `MicroBatch.pieces` leaves behind: token-mean loss, target count, flat gradients by name."""
 
     loss: mx.array | None = None
-    tokens: mx.array | int = 0
+    tokens: int = 0
     grads: dict[str, mx.array] = field(default_factory=dict)
 
 
@@ -99,7 +99,7 @@ class LossFunction:
     def __init__(self, tree: TrainingTree, head: TargetRows | None) -> None:
         self._tree, self._head = tree, head
 
-    def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, Any]:
+    def __call__(self, module: nn.Module, tokens: mx.array, spans: mx.array) -> tuple[mx.array, int]:
         """(token-mean cross-entropy in nats, number of targets)."""
         batch = (tokens, spans)
         targets = target_positions(batch)[1]
