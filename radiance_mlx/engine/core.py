@@ -260,6 +260,8 @@ class Engine:
         """Do one thing; False if there was nothing to do."""
         requests, decoding = self._decoder.load, self._decoder.decoding
         aside = self._goes_aside(requests, decoding)
+        if not aside and isinstance(self._task, TrainingTask):
+            self._task.take_back()
         training = self._task is not None and not aside
         background = training or self._fused.pending or (self._ahead.pending and not requests)
         action = self._planner.next(Load(requests, decoding, background))
@@ -274,18 +276,11 @@ class Engine:
         return True
 
     def _goes_aside(self, requests: int, decoding: int) -> bool:
-        """Whether the lane trains beside this step; if not, it is taken back.
-
-        Those who use the live weights read what it would change.
-        """
+        """Whether the lane trains beside this step: not while anybody joins, or uses the live weights, which it changes."""
         task = self._task
-        if not isinstance(task, TrainingTask):
+        if not isinstance(task, TrainingTask) or not task.goes_aside:
             return False
-        aside = requests == decoding > 0 and task.goes_aside
-        aside = aside and not (self._fused.pending or self._decoder.answers_live)
-        if not aside:
-            task.take_back()
-        return aside
+        return requests == decoding > 0 and not (self._fused.pending or self._decoder.answers_live)
 
     def _act(self, action: Action, aside: bool) -> None:
         """A bug ends what it hit, all requests or the batch in training, and nothing else."""
