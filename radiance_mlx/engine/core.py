@@ -276,7 +276,7 @@ class Engine:
         return True
 
     def _goes_aside(self, requests: int, decoding: int) -> bool:
-        """Whether the lane trains beside this step: not while anybody joins, or uses the live weights, which it changes."""
+        """Whether the lane trains beside this step: not while anybody joins, or uses live weights, which it changes."""
         task = self._task
         if not isinstance(task, TrainingTask) or not task.goes_aside:
             return False
