@@ -62,6 +62,18 @@ def use(count: int = 0) -> None:
         _used = count
 
 
+def takes_small(columns: int, rows: int, inner: int) -> bool:
+    """Whether float32 x Wᵀ of `(rows, inner)` and `(columns, inner)` goes to a kernel for small matrices.
+
+    Those read W as it lies, where all others copy it into an order of their own first. The library is asked itself.
+    """
+    permits = getattr(_library, f"sgemm_small_matrix_permit_{core().upper()}", None)
+    if permits is None:
+        return False
+    permits.argtypes = [ctypes.c_int] * 2 + [ctypes.c_long] * 3 + [ctypes.c_float] * 2
+    return bool(permits(1, 0, columns, rows, inner, 1.0, 0.0))
+
+
 def described() -> str:
     """The library and its threads, for figures: `OpenBLAS 0.3.21 … Haswell MAX_THREADS=128, 2 threads`; "" without."""
     config = getattr(_library, "openblas_get_config", None)

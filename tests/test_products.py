@@ -1,4 +1,4 @@
-"""Products of a batch: by as many threads, and padded to as many rows, as OpenBLAS multiplies best."""
+"""Products of a batch: by as many threads, in blocks, and padded to as many rows, as OpenBLAS multiplies best."""
 
 import asyncio
 import copy
@@ -7,11 +7,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 from running import FACTS, QUICK, request, running, until
 
 from radiance_mlx import blas
 from radiance_mlx.engine import products
-from radiance_mlx.engine.products import AVX2, AVX512, UNKNOWN, best_here, pad_rows, threads_here
+from radiance_mlx.engine.products import (
+    AVX2,
+    AVX512,
+    AVX512_BLOCKS,
+    UNKNOWN,
+    Best,
+    best_here,
+    shape_products,
+    threads_here,
+)
 from radiance_mlx.lora.targets import LINEAR
 
 
@@ -22,7 +32,7 @@ def test_padding_changes_nothing_but_the_rows_of_a_product(monkeypatch, tied):
     monkeypatch.setattr(blas, "used", lambda: 2)
     plain = tiny.model(tie_word_embeddings=tied)
     padded = copy.deepcopy(plain)
-    pad_rows(padded, AVX2)
+    shape_products(padded, AVX2)
     assert all(isinstance(m, LINEAR) for m in padded.modules() if type(m).__name__ == "Linear")
     assert not {nn.Linear, nn.Embedding} & {type(m) for m in padded.modules()}  # the embedding may be the head
     for rows, length in [(1, 1), (3, 1), (5, 2), (16, 1), (7, 5)]:
@@ -44,18 +54,99 @@ def test_the_product_is_of_so_many_rows_and_few_are_left_alone(monkeypatch):
 
     linear = Noting(4, 6)
     assert 16 * linear.weight.size < products.SMALL
-    products._padded(Noting.__call__, AVX2)(linear, mx.ones((5, 4)))
+    products._shaped(Noting.__call__, AVX2)(linear, mx.ones((5, 4)))
     assert seen.pop() == (5, 4)  # it would be computed by one thread
     monkeypatch.setattr(products, "SMALL", 0)
-    call = products._padded(Noting.__call__, AVX2)
+    call = products._shaped(Noting.__call__, AVX2)
     for shape in [(2, 1, 4), (3, 1, 4), (4, 1, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (36, 4)]:
         x = mx.random.normal(shape)
         assert mx.allclose(call(linear, x), nn.Linear.__call__(linear, x), atol=1e-6)
     assert seen == [(2, 1, 4), (3, 1, 4), (16, 4), (16, 4), (2, 3, 3, 4), (19, 1, 4), (48, 4)]
     seen.clear()
     for rows in (9, 10, 25, 26):  # with AVX-512 a block that is half empty costs no more than a full one
-        products._padded(Noting.__call__, AVX512)(linear, mx.ones((rows, 4)))
+        products._shaped(Noting.__call__, AVX512)(linear, mx.ones((rows, 4)))
     assert seen == [(9, 4), (16, 4), (25, 4), (32, 4)]
+
+
+@pytest.fixture
+def _few_by_one(monkeypatch):
+    """One thread of a library with kernels for small matrices, whatever there is here: of 600 multiplications."""
+    monkeypatch.setattr(blas, "used", lambda: 1)
+    monkeypatch.setattr(blas, "takes_small", lambda columns, rows, inner: columns * rows * inner <= 600)
+
+
+@pytest.mark.usefixtures("_few_by_one")
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_of_columns_change_nothing_but_rounding(tied):
+    """Whatever the number of rows, more than blocks are for among them; there are no more parameters."""
+    plain = tiny.model(tie_word_embeddings=tied)
+    divided = copy.deepcopy(plain)
+    shape_products(divided, AVX512_BLOCKS)
+    for rows, length in [(1, 1), (3, 1), (5, 2), (16, 1), (7, 5)]:
+        tokens = mx.array(tiny.prompts(*[length] * rows))
+        wanted, found = plain(tokens), divided(tokens)
+        assert found.shape == wanted.shape
+        assert mx.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    names = [name for name, _ in tree_flatten(plain.parameters())]
+    assert [name for name, _ in tree_flatten(divided.parameters())] == names
+
+
+def _shaped(linear, best=AVX512_BLOCKS):
+    shape_products(nn.Sequential(linear), best)  # of a tree, modules below it
+    return linear
+
+
+@pytest.mark.usefixtures("_few_by_one")
+def test_columns_are_divided_into_the_fewest_blocks_that_small_kernels_take():
+    """In the weight's own memory, with its bias, rows in more than one dimension; more rows, narrower blocks."""
+    mx.random.seed(3)
+    linear = _shaped(nn.Linear(5, 48))
+    mx.eval(linear.parameters())
+    before = mx.get_active_memory()
+    for rows, blocks in ((2, None), (3, (2, 5, 24)), (6, (3, 5, 16)), (10, (4, 5, 12)), (15, (6, 5, 8))):
+        view = linear._blocks.of(rows)
+        mx.eval(view)
+        assert (None if view is None else view.shape) == blocks
+    assert mx.get_active_memory() == before
+    for shape in ((1, 5), (3, 5), (2, 3, 5), (5, 1, 3, 5), (17, 5)):
+        x = mx.random.normal(shape)
+        assert mx.allclose(linear(x), x @ linear.weight.T + linear.bias, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_few_by_one")
+@pytest.mark.parametrize("what", ["narrow", "prime", "transposed", "bfloat16", "replaced", "wide rows"])
+def test_what_cannot_be_divided_is_multiplied_whole(what):
+    """Blocks narrower than 8, weights that lie otherwise, are of another dtype, or were put there afterwards."""
+    columns, inner = {"narrow": (48, 16), "prime": (47, 5)}.get(what, (48, 5))
+    linear = nn.Linear(inner, columns, bias=False)
+    if what == "transposed":
+        linear.weight = mx.contiguous(linear.weight.T).T
+    if what == "bfloat16":
+        linear.set_dtype(mx.bfloat16)
+    _shaped(linear)
+    if what == "replaced":
+        linear.weight = linear.weight + 1
+    x = mx.random.normal((6, inner)).astype(mx.float16 if what == "wide rows" else linear.weight.dtype)
+    assert mx.allclose(linear(x), x @ linear.weight.T, atol=1e-6)
+    if what not in ("replaced", "wide rows"):
+        assert linear._blocks.of(6) is None
+
+
+@pytest.mark.skipif(blas.core() != "SkylakeX" or not blas.takes_small(8, 1, 64), reason="no kernels for small matrices")
+def test_the_library_tells_which_products_are_small():
+    """Few columns for many rows, and not whole weights of a model; the sums are those of its other kernels."""
+    assert blas.takes_small(128, 8, 512)
+    assert not blas.takes_small(512, 8, 512)
+    assert not blas.takes_small(16_384, 1, 512)
+    linear = _shaped(nn.Linear(512, 1536, bias=False))
+    blas.use(1)
+    try:
+        for rows in (1, 4, 16):
+            x = mx.random.normal((rows, 512))
+            assert linear._blocks.of(rows).shape[0] > 1
+            assert mx.allclose(linear(x), x @ linear.weight.T, atol=1e-5)
+    finally:
+        blas.use()
 
 
 @pytest.fixture
@@ -69,27 +160,51 @@ def _measured(monkeypatch):
 def test_what_is_done_is_what_was_measured_to_pay(monkeypatch):
     """By OpenBLAS's core, with its two threads, on the CPU; of any other nothing is known, and nothing is done."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(blas, "takes_small", lambda *_: False)
     for core, best in (("Zen", AVX2), ("Haswell", AVX2), ("SkylakeX", AVX512), ("Cooperlake", UNKNOWN), ("", UNKNOWN)):
         monkeypatch.setattr(blas, "core", lambda core=core: core)
         assert best_here() is best
     monkeypatch.setattr(blas, "core", lambda: "Zen")
     for threads in (0, 1, 4):
         monkeypatch.setattr(blas, "threads", lambda threads=threads: threads)
-        assert best_here() is UNKNOWN
+        assert best_here() == UNKNOWN
     monkeypatch.setattr(blas, "threads", lambda: 2)
+    assert best_here(pads=False) == Best(1, 1, (3, 8), (3, 8))
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     assert best_here() is UNKNOWN
 
 
 @pytest.mark.usefixtures("_measured")
-def test_few_rows_are_decoded_by_one_thread_where_it_was_measured_to_pay(monkeypatch):
-    """With AVX-512 only while something in the background has use for the other core."""
+def test_blocks_are_for_libraries_with_kernels_for_small_matrices(monkeypatch):
+    """And processors where it was measured, with one thread, too; each switch leaves the other alone."""
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
-    rows = (1, 2, 3, 8, 9, 16)
+    monkeypatch.setattr(blas, "takes_small", lambda *_: True)
+    for core, best in (("Zen", AVX2), ("SkylakeX", AVX512_BLOCKS), ("Cooperlake", UNKNOWN)):
+        monkeypatch.setattr(blas, "core", lambda core=core: core)
+        assert best_here() is best
+    monkeypatch.setattr(blas, "core", lambda: "SkylakeX")
+    assert best_here(blocks=False) is AVX512
+    assert best_here(pads=False) == Best(1, 1, (1, 8), (1, 12), 16)
+    monkeypatch.setattr(blas, "threads", lambda: 1)
+    assert best_here() == Best(1, 1, (1, 0), (1, 0), 16)
+    monkeypatch.setattr(blas, "threads", lambda: 4)
+    assert best_here() is UNKNOWN
+
+
+@pytest.mark.usefixtures("_measured")
+def test_few_rows_are_decoded_by_one_thread_where_it_was_measured_to_pay(monkeypatch):
+    """With AVX-512 only while something in the background has use for the other core, or in blocks."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(blas, "takes_small", lambda *_: True)
+    rows = (1, 2, 3, 8, 9, 12, 13)
+    monkeypatch.setattr(blas, "core", lambda: "SkylakeX")
+    assert [threads_here(n) for n in rows] == [1, 1, 1, 1, 0, 0, 0]
+    assert [threads_here(n, beside=True) for n in rows] == [1, 1, 1, 1, 1, 1, 0]
+    monkeypatch.setattr(blas, "takes_small", lambda *_: False)
     for core, alone, beside in (("Zen", 1, 1), ("SkylakeX", 0, 1), ("Cooperlake", 0, 0)):
         monkeypatch.setattr(blas, "core", lambda core=core: core)
-        assert [threads_here(n) for n in rows] == [0, 0, alone, alone, 0, 0]
-        assert [threads_here(n, beside=True) for n in rows] == [0, 0, beside, beside, 0, 0]
+        assert [threads_here(n) for n in rows] == [0, 0, alone, alone, 0, 0, 0]
+        assert [threads_here(n, beside=True) for n in rows] == [0, 0, beside, beside, 0, 0, 0]
 
 
 @pytest.mark.skipif(blas.threads() < 2, reason="OpenBLAS has one thread here, or is not there")
@@ -97,7 +212,7 @@ def test_one_thread_has_no_blocks_to_fill(monkeypatch):
     """What is used is what the library says; it is never more than there is."""
     monkeypatch.setattr(products, "SMALL", 0)
     linear, seen = nn.Linear(4, 6), []
-    call = products._padded(lambda module, x: seen.append(x.shape[0]) or nn.Linear.__call__(module, x), AVX2)
+    call = products._shaped(lambda module, x: seen.append(x.shape[0]) or nn.Linear.__call__(module, x), AVX2)
     try:
         for count, rows in ((1, 5), (0, 16), (10_000, 16)):
             blas.use(count)
@@ -141,3 +256,24 @@ def test_the_service_pads_what_answers_and_not_what_learns(tmp_path, wanted, pad
         assert (nn.Linear not in serving) is (nn.Linear not in folded) is padded
         assert nn.Linear in base
         assert service.ask(FACTS[0][0]).text == FACTS[0][1]
+
+
+@pytest.mark.usefixtures("_measured")
+@pytest.mark.parametrize("wanted", ["auto", "off"])
+def test_the_service_decodes_in_blocks_where_it_may(tmp_path, monkeypatch, wanted):
+    """`serving.column_blocks`: by one thread then, where without them both decode; padding is a switch of its own."""
+    monkeypatch.setattr(blas, "core", lambda: "SkylakeX")
+    monkeypatch.setattr(blas, "takes_small", lambda columns, rows, inner: columns * rows * inner <= 40_000)
+    used, divided = [0], []
+    monkeypatch.setattr(blas, "use", lambda count=0: used.append(count))
+    monkeypatch.setattr(blas, "used", lambda: used[-1] or 2)
+    of = products.Blocks.of
+    monkeypatch.setattr(products.Blocks, "of", lambda blocks, rows: divided.append(of(blocks, rows)) or divided[-1])
+    with running(
+        tmp_path, {**QUICK, "backend": "cpu"}, serving__column_blocks=wanted, serving__pad_rows="off"
+    ) as service:
+        answer = service.ask(FACTS[0][0]).text
+    assert (1 in used) is (wanted == "auto")
+    assert any(view is not None for view in divided) is (wanted == "auto")
+    with running(tmp_path / "plain", {**QUICK, "backend": "cpu"}, serving__column_blocks="off") as service:
+        assert service.ask(FACTS[0][0]).text == answer

@@ -289,6 +289,7 @@ class ServingSection(Section):
     sigmoid: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     decode_threads: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     pad_rows: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
+    column_blocks: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
     halves: Annotated[Literal["auto", "off"], BeforeValidator(_off_is_a_word)] = "auto"
 
 

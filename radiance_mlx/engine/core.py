@@ -37,7 +37,7 @@ from .measuring import Measurements, MeasuringTask
 from .model import load_base
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
-from .products import UNKNOWN, best_here, pad_rows
+from .products import best_here, shape_products
 from .training import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,10 @@ class Engine:
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
         batched = decodes_in_batches(tree)
-        padding = best_here() if config.serving.pad_rows == "auto" else UNKNOWN
-        pad_rows(tree, padding)
+        products = best_here(pads=config.serving.pad_rows == "auto", blocks=config.serving.column_blocks == "auto")
+        shape_products(tree, products)
         head = unadapted(self._head, self._targets.paths)
-        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, padding, head)
+        self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, products, head)
         self._decoder = Decoder(
             self._base,
             tree,

@@ -234,7 +234,9 @@ class Decoder:
     def _threads(self, rows: int) -> int:
         if self._aside:
             return 1
-        return threads_here(rows, beside=self._beside) if self._serving.decode_threads == "auto" else 0
+        if self._serving.decode_threads == "off":
+            return 0
+        return threads_here(rows, beside=self._beside, blocks=self._serving.column_blocks == "auto")
 
     def _admit(self) -> None:
         held: deque[tuple[int, _Sequence]] = deque()

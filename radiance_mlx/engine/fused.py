@@ -22,7 +22,7 @@ from ..lora.head import TargetRows, serve_places
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
-from .products import UNKNOWN, Best, pad_rows
+from .products import UNKNOWN, Best, shape_products
 from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ class FusedStable:
         bank: Bank,
         mode: Literal["auto", "off", "always"],
         room: Callable[[], int],
-        padding: Best = UNKNOWN,
+        products: Best = UNKNOWN,
         base_head: TargetRows | None = None,
     ) -> None:
-        """`room` tells how many bytes may still be taken for it; `padding` is how rows are padded.
+        """`room` tells how many bytes may still be taken for it; `products` is how they are multiplied.
 
         Where `base_head` takes single places, `head`, that of the tree, does, too.
         """
-        self._padding, self._base_head = padding, base_head
+        self._products, self._base_head = products, base_head
         self.head: TargetRows | None = None
         self._base, self._bank, self._mode, self._room = base, bank, mode, room
         self._folding: Slices | None = None
@@ -129,7 +129,7 @@ class FusedStable:
         tree = copy.deepcopy(self._base)
         tree.update_modules(tree_unflatten(folded))
         tree.eval()
-        pad_rows(tree, self._padding)
+        shape_products(tree, self._products)
         self.head = serve_places(tree, self._base_head)
         self.name, self.tree, self.why_not = name, tree, ""
 
