@@ -11,6 +11,7 @@ from running import FACTS, QUICK, running, until
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.fusing import folded_bytes
 from radiance_mlx.engine.rows import BankModel, RowEntry, RowState
+from radiance_mlx.engine.training import TrainingTask
 from radiance_mlx.errors import CheckpointDamaged
 from radiance_mlx.lora.bank import AdapterWeights, Bank
 from radiance_mlx.lora.head import install_head, serve_places
@@ -181,6 +182,30 @@ def test_files_that_cannot_be_read_leave_the_bank_to_answer():
     served.fused.slice(1.0)
     assert not served.fused.pending
     assert "damaged" in served.fused.why_not
+
+
+def test_training_goes_before_folding_that_nobody_waits_for(tmp_path):
+    """An update is live the sooner; while somebody is answered, folding goes first, for it makes that faster."""
+    flags = {**QUICK, "serving.fuse": "always"}
+    with running(tmp_path, flags) as service:
+        first = service.learn(FACTS[0])
+    with running(tmp_path, flags, training__max_steps=3_000) as service:
+        until(lambda: fused(service) == first, "folded")
+        job = service.post(FACTS[1])
+        until(lambda: service.engine(lambda engine: isinstance(engine._task, TrainingTask)), "it trains")
+
+        def anew(engine):
+            engine.follow(None)
+            engine.follow(first)
+            for _ in range(5):
+                engine._background()
+            return engine._fused.pending, engine._fused.nbytes
+
+        assert service.engine(anew) == (True, 0)
+        service.ask(FACTS[0][0], max_tokens=40)
+        until(lambda: fused(service) == first, "folded while it trains")
+        assert service.engine(lambda engine: engine._task) is not None
+        service.call(service.service.cancel(job))
 
 
 def test_an_update_that_needs_the_room_gets_it(tmp_path, unlimited):
