@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import make_prompt_cache
 from running import FACTS, QUICK, running
 
 from radiance_mlx import blas
@@ -227,6 +228,46 @@ def test_prompts_in_halves_are_answered_as_they_are(base, part):
     whole = Streams(base)
     assert said(JoiningGenerator, whole, prompts, prefill_step_size=part) == expected
     assert len({stream for stream, _ in whole.seen}) == 1
+
+
+class Growing(Streams):
+    """Of the other half alone: whether a cache with keys from before would have to grow for the prompts' tokens."""
+
+    def __call__(self, tokens, cache):
+        if mx.default_stream(mx.cpu) == halves.streams()[1] and cache[0].keys is not None:
+            assert cache[0].keys.shape[2] >= cache[0]._idx + tokens.shape[1]
+            self.seen.append("room")
+        return self.inner(tokens, cache=cache)
+
+
+@pytest.mark.usefixtures("_any_size_pays")
+@pytest.mark.parametrize("part", [4, 200])
+@pytest.mark.parametrize("known", [(5, 5, 5, 5), (9, 0, 70, 3), (0, 0, 6, 6)])
+def test_prompts_whose_beginnings_are_kept_are_halved_alike(base, known, part):
+    """Each with so many tokens in its cache: the same answers; keys are given their room before the halves begin.
+
+    What a half's stream makes of them first, the other one would wait for.
+    """
+    prompts = tiny.prompts(90, 7, 92, 30, seed=5)
+    expected = [said(BatchGenerator, base, [prompt])[0] for prompt in prompts]
+
+    def kept(prompt, count):
+        cache = make_prompt_cache(base)
+        if count:
+            mx.eval(base(mx.array([prompt[:count]]), cache=cache))
+        return cache
+
+    model = Growing(base)
+    stream = mx.default_stream(mx.default_device())
+    running = JoiningGenerator(model, stream=stream, max_tokens=10, prefill_step_size=part, halved=True)
+    pairs = list(zip(prompts, known, strict=True))
+    uids = running.insert(
+        [prompt[count:] for prompt, count in pairs],
+        caches=[kept(*pair) for pair in pairs],
+        all_tokens=[prompt[:count] for prompt, count in pairs],
+    )
+    assert tiny.drain(running, uids) == expected
+    assert model.seen
 
 
 @pytest.mark.usefixtures("_any_size_pays")

@@ -299,7 +299,7 @@ class Engine:
 
     def _background(self) -> None:
         task, seconds = self._task, self._planner.slice_s
-        if self._fused.pending and (task is None or self._decoder.load):  # soon done, and who asks is answered the faster
+        if self._fused.pending and (task is None or self._decoder.load):  # soon done, and those who ask gain by it
             self._fused.slice(seconds)
             return
         if self._ahead.pending and (task is None or task.needs_base_asked):

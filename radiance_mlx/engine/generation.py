@@ -23,7 +23,7 @@ from .products import use_threads
 #: tokens by which keys and values grow; whatever rolls, filters or joins them copies the room that is left, too
 GROWTH = 64
 #: of a pass over prompts, padding included; of fewer, halves are no faster
-WORTH_HALVING = 128
+WORTH_HALVING = 112
 #: than what was wished for, a pass may be, if that makes one less
 WIDER = 1.25
 #: prompt tokens in a pass. On the CPU, more are slower (attention's memory) and a longer wait for everybody else
@@ -158,15 +158,15 @@ class JoiningPrompts(PromptProcessingBatch):
 
     def _compute(self, tokens: list[list[int]], *, to_the_end: bool) -> list[mx.array]:
         """With `to_the_end`, the logits after all `tokens`, of one part of the sequences after the other."""
-        middle = len(tokens) // 2
-        if not self.halved or not middle or len(tokens) * max(map(len, tokens)) < WORTH_HALVING:
+        middle, width = len(tokens) // 2, max(map(len, tokens))
+        if not self.halved or not middle or len(tokens) * width < WORTH_HALVING:
             use_threads()
             states, logits = self._begin(tokens, to_the_end)
             mx.eval(states, logits)
             mx.clear_cache()
             return logits
         use_threads(1)
-        other, (own, more) = self._take_off(middle), streams()
+        other, (own, more) = self._take_off(middle, width), streams()
         with mx.stream(own):
             mine, logits = self._begin(tokens[:middle], to_the_end)
         with mx.stream(more):
@@ -178,14 +178,18 @@ class JoiningPrompts(PromptProcessingBatch):
         mx.clear_cache()
         return logits + more_logits
 
-    def _take_off(self, middle: int) -> "JoiningPrompts":
-        """The sequences from the one at `middle` on, which are no longer here: as `split`, with less to wait for."""
+    def _take_off(self, middle: int, width: int) -> "JoiningPrompts":
+        """The sequences from the one at `middle` on, which are no longer here: as `split`, with less to wait for.
+
+        Both parts are ready for `width` tokens more.
+        """
         rows = len(self.uids)
         caches, self.prompt_cache = self.prompt_cache, []
         other: JoiningPrompts = self.split(list(range(middle, rows)))
         for cache in caches:
             other.prompt_cache.append(_rows(cache, middle, rows))
             self.prompt_cache.append(_rows(cache, 0, middle))
+        mx.eval([_with_room(cache, width) for part in (self, other) for cache in part.prompt_cache])
         return other
 
     def _begin(self, tokens: list[list[int]], to_the_end: bool) -> tuple[list[Any], list[mx.array]]:
@@ -338,6 +342,20 @@ def _rows(cache: Any, start: int, end: int) -> Any:
         part = copy.deepcopy(cache)
         part.filter(list(range(start, end)))
     return part
+
+
+def _with_room(cache: Any, width: int) -> list[mx.array]:
+    """What is to be evaluated of a batch's cache: with keys from before, it gets the room that `width` tokens need.
+
+    What joins and copies them is for both halves, and many operations: their streams would wait for each other.
+    """
+    if type(cache) is not BatchKVCache or cache.keys is None:
+        return []
+    missing = -(-max(0, cache._idx + width - cache.keys.shape[2]) // GROWTH) * GROWTH
+    if missing:
+        room = ((0, 0), (0, 0), (0, missing), (0, 0))
+        cache.keys, cache.values = mx.pad(cache.keys, room), mx.pad(cache.values, room)
+    return [cache.keys, cache.values, cache.offset, cache.left_padding]
 
 
 def _take(sequence: list[Any], width: int) -> list[int]:
