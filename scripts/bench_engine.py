@@ -59,7 +59,7 @@ from radiance_mlx.engine import backend
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.generation import JoiningGenerator
 from radiance_mlx.engine.layout import transpose_here, transpose_weights
-from radiance_mlx.engine.products import best_here, shape_products, threads_here
+from radiance_mlx.engine.products import best_here, shape_products
 from radiance_mlx.engine.rows import BankModel, RowSampler, RowState
 from radiance_mlx.engine.sigmoid import powers_here, use_powers
 from radiance_mlx.engine.slices import Slices
@@ -163,7 +163,7 @@ class Decoding:
         for slot, adapter in enumerate(adapters, 1):
             bank.write(slot, adapter)
         self.bank_mb = bank.nbytes / 2**20
-        shape_products(tree, best_here())
+        self._best = shape_products(tree, best_here())
         head = install_head(copy.deepcopy(base), vocab)
         own_head = serve_places(tree, head)
         self._banked = BankModel(tree, bank.rows, head=own_head)
@@ -200,7 +200,7 @@ class Decoding:
     def _ours(self, model: BankModel, slots: Sequence[int], tokens: int) -> float:
         stream = mx.default_stream(mx.default_device())
         generator = JoiningGenerator(
-            model, stream=stream, sampler=RowSampler(model), threads_for=threads_here, halved=halves_here()
+            model, stream=stream, sampler=RowSampler(model), threads_for=self._best.threads, halved=halves_here()
         )
         caches = [model.new_cache(RowState(slot, 0.0, 1.0, 0, NAME if slot else None)) for slot in slots]
         return decode_rate(generator, len(caches), tokens, self._vocab, caches)

@@ -6,7 +6,7 @@ import logging
 import mlx.core as mx
 import pytest
 import tiny
-from running import FACTS, QUICK, running, until
+from running import ENDLESS, FACTS, QUICK, running, until
 
 from radiance_mlx.engine.fused import FusedStable
 from radiance_mlx.engine.fusing import folded_bytes
@@ -189,7 +189,7 @@ def test_training_goes_before_folding_that_nobody_waits_for(tmp_path):
     flags = {**QUICK, "serving.fuse": "always"}
     with running(tmp_path, flags) as service:
         first = service.learn(FACTS[0])
-    with running(tmp_path, flags, training__max_steps=3_000) as service:
+    with running(tmp_path, {**flags, **ENDLESS}) as service:
         until(lambda: fused(service) == first, "folded")
         job = service.post(FACTS[1])
         until(lambda: service.engine(lambda engine: isinstance(engine._task, TrainingTask)), "it trains")
@@ -202,10 +202,30 @@ def test_training_goes_before_folding_that_nobody_waits_for(tmp_path):
             return engine._fused.pending, engine._fused.nbytes
 
         assert service.engine(anew) == (True, 0)
-        service.ask(FACTS[0][0], max_tokens=40)
-        until(lambda: fused(service) == first, "folded while it trains")
+        until(lambda: service.ask(FACTS[0][0]) and fused(service) == first, "folded while it trains")
         assert service.engine(lambda engine: engine._task) is not None
         service.call(service.service.cancel(job))
+
+
+def test_what_is_folded_while_a_batch_trains_leaves_it_its_room(tmp_path):
+    """What the batch takes at its highest counts, not what it takes just now; it ends, and there is room again."""
+    with running(tmp_path, {**QUICK, "serving.fuse": "always"}) as service:
+        first = service.learn(FACTS[0])
+
+        def folded(engine, needed):
+            engine.follow(None)
+            engine._make_room(needed)
+            engine.follow(first)
+            while engine._fused.pending:
+                engine._fused.slice(1.0)
+            return engine._fused.name, engine._fused.nbytes
+
+        limit, needs = service.engine(lambda e: (e._backend.memory_bytes, folded(e, 0)[1]))
+        assert needs > 0
+        assert service.engine(lambda e: folded(e, limit - needs + 1)) == (None, 0)
+        assert service.engine(lambda e: folded(e, limit - needs)) == (first, needs)
+        service.learn(FACTS[1])
+        assert service.engine(lambda e: e._needed) == 0
 
 
 def test_an_update_that_needs_the_room_gets_it(tmp_path, unlimited):

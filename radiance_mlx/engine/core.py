@@ -37,7 +37,7 @@ from .measuring import Measurements, MeasuringTask
 from .model import load_base
 from .planner import Action, Load, Planner
 from .probe import decodes_in_batches
-from .products import best_here, shape_products
+from .products import UNKNOWN, best_here, shape_products
 from .training import TrainingTask
 
 log = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ class Engine:
         self._bank = Bank(tree, self._targets.paths, config.serving.adapter_slots, config.lora.r)
         self._encoder = ChatEncoder(self._base.tokenizer, config.model.chat_template_args)
         batched = decodes_in_batches(tree)
-        products = best_here(pads=config.serving.pad_rows == "auto", blocks=config.serving.column_blocks == "auto")
-        shape_products(tree, products)
+        products = best_here(pads=config.serving.pad_rows == "auto", columns=config.serving.column_blocks == "auto")
+        best = shape_products(tree, products)
         head = unadapted(self._head, self._targets.paths)
         self._fused = FusedStable(module, self._bank, config.serving.fuse, self._room, products, head)
         self._decoder = Decoder(
@@ -74,11 +74,13 @@ class Engine:
             config.serving,
             config.memory,
             batched=batched,
+            best=best if config.serving.decode_threads == "auto" else UNKNOWN,
             fused=self._fused,
             head=serve_places(tree, head),
         )
         self._planner = Planner(config.training.share, config.training.slice_ms / 1000)
         self._left_s = 0.0  # what the last slice of training has left under way will still take
+        self._needed = 0  # bytes that the batch in training takes at its highest, as soon as that is known
         self._foundation = Foundation(self._base, self._targets, self._encoder, home)
         self._ahead = AskingAhead(self._foundation, config)
         self._task: TrainingTask | MeasuringTask | None = None
@@ -131,11 +133,14 @@ class Engine:
         self._fused.follow(stable, lambda: self.checkpoint(str(stable)))
 
     def _room(self) -> int:
-        """Bytes for folded weights: as long as half of the memory stays free for training and prompts."""
+        """Bytes for folded weights: half of the memory stays free for training and prompts, or what a batch needs."""
+        if self._needed:
+            return self._backend.memory_bytes - self._needed
         return self._backend.memory_bytes // 2 - mx.get_active_memory()
 
     def _make_room(self, needed: int) -> None:
         """A batch needs so much: what is folded gives way if not both fit."""
+        self._needed = needed
         if self._fused.nbytes and needed + self._fused.nbytes > self._backend.memory_bytes:
             self._fused.give_way()
             backends.release_memory()
@@ -222,6 +227,7 @@ class Engine:
     def _finish(self, outcome: TrainResult | Measurements | RadianceError) -> None:
         task, done = self._task, self._done
         self._task = self._done = None
+        self._needed = 0
         if isinstance(task, TrainingTask):
             self._finish_training(task, outcome)
         if isinstance(outcome, RadianceError):
@@ -299,7 +305,8 @@ class Engine:
 
     def _background(self) -> None:
         task, seconds = self._task, self._planner.slice_s
-        if self._fused.pending and (task is None or self._decoder.load):  # soon done, and those who ask gain by it
+        # soon done, and who asks for the stable checkpoint gains by it; while nobody asks, an update is live the sooner
+        if self._fused.pending and (task is None or self._decoder.load):
             self._fused.slice(seconds)
             return
         if self._ahead.pending and (task is None or task.needs_base_asked):

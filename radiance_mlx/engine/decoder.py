@@ -25,7 +25,7 @@ from ..messages import BASE, Answer, Generate, TextDelta, TokenLogprob
 from .fused import FusedStable
 from .generation import JoiningGenerator, prefill_here
 from .model import BaseModel
-from .products import threads_here
+from .products import UNKNOWN, Best
 from .prompts import PromptCache
 from .rows import BankModel, RowSampler, RowState
 from .slots import Slots
@@ -80,11 +80,12 @@ class Decoder:
         memory: MemorySection,
         *,
         batched: bool = True,
+        best: Best = UNKNOWN,
         fused: FusedStable | None = None,
         head: TargetRows | None = None,
     ) -> None:
         self._base, self._weights, self._encoder = base, weights, encoder
-        self._bank, self._serving, self._memory = bank, serving, memory
+        self._bank, self._serving, self._memory, self._best = bank, serving, memory, best
         self._batch = serving.max_batch if batched else 1
         self._model = BankModel(tree, bank.rows, fused, head)
         self._context = min(base.context, serving.max_context or base.context)
@@ -232,11 +233,7 @@ class Decoder:
                 self._advance(response, sequence)
 
     def _threads(self, rows: int) -> int:
-        if self._aside:
-            return 1
-        if self._serving.decode_threads == "off":
-            return 0
-        return threads_here(rows, beside=self._beside, blocks=self._serving.column_blocks == "auto")
+        return 1 if self._aside else self._best.threads(rows, beside=self._beside)
 
     def _admit(self) -> None:
         held: deque[tuple[int, _Sequence]] = deque()

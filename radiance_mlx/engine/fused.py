@@ -22,7 +22,7 @@ from ..lora.head import TargetRows, serve_places
 from ..lora.memory import readable
 from ..lora.step import Piece
 from .fusing import LOSS, fold, folded_bytes, rounding, share_lost
-from .products import UNKNOWN, Best, shape_products
+from .products import UNKNOWN, Best, shape_products, use_threads
 from .slices import Slices, reason
 
 log = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ class FusedStable:
         best = {"bank": 0.0, "folded": 0.0}
         for path in paths:
             plain = fold(modules[path], *adapter.weights[path], adapter.scale)
+            shape_products(plain, self._products)
             x = mx.zeros((1, 1, adapter.weights[path][0].shape[0]), plain.weight.dtype)
             yield Piece([plain.weight, x], barrier=True)
             times: dict[str, list[float]] = {name: [] for name in best}
@@ -152,6 +153,7 @@ class FusedStable:
         self._worth = best["folded"] <= WORTH_IT * best["bank"]
 
     def _timed(self, linear: nn.Module, x: mx.array, slots: RowSlots | None) -> float:
+        use_threads(self._products.threads(1))
         self._bank.rows.slots = slots
         started = time.perf_counter()
         mx.eval(linear(x))

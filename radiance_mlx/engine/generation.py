@@ -186,10 +186,12 @@ class JoiningPrompts(PromptProcessingBatch):
         rows = len(self.uids)
         caches, self.prompt_cache = self.prompt_cache, []
         other: JoiningPrompts = self.split(list(range(middle, rows)))
-        for cache in caches:
+        for i, cache in enumerate(caches):
+            caches[i] = None  # layer by layer, or all keys and values would be there twice
             other.prompt_cache.append(_rows(cache, middle, rows))
             self.prompt_cache.append(_rows(cache, 0, middle))
-        mx.eval([_with_room(cache, width) for part in (self, other) for cache in part.prompt_cache])
+            del cache
+            mx.eval([_with_room(part.prompt_cache[-1], width) for part in (self, other)])
         return other
 
     def _begin(self, tokens: list[list[int]], to_the_end: bool) -> tuple[list[Any], list[mx.array]]:

@@ -60,8 +60,11 @@ _by_power.vjp(_backward)
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """SiLU of `gate`, times `x`, as mlx-lm's: in float32 by powers, else by that."""
-    if gate.dtype == x.dtype == mx.float32:
+    """SiLU of `gate`, times `x`, as mlx-lm's: by powers, if both are float32 of one shape, else by that.
+
+    One array less is kept for the backward pass; without one, sigmoids are there until the product is computed.
+    """
+    if gate.dtype == x.dtype == mx.float32 and gate.shape == x.shape:
         return _gated(gate, x)[0]
     return _own_swiglu(gate, x)
 
