@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from running import FACTS, QUICK, running
@@ -166,20 +167,27 @@ def test_a_slice_ends_with_nothing_under_way_unless_that_is_wished(monkeypatch):
     assert barred.under_way_s == 0
 
 
-def test_what_cannot_be_halved_or_does_not_pay_stays_whole(monkeypatch):
+def test_what_cannot_be_halved_or_does_not_pay_stays_whole():
     """A single row; few tokens; a half without a target."""
     rows = [Encoded(tuple(range(3, 43)), 30), Encoded(tuple(range(3, 43)), 20)]
     tokens, spans = as_batch(rows)
-    assert in_halves((tokens, spans)) == []  # 80 tokens
-    monkeypatch.setattr(halves, "FEWEST", 2 * 40)
-    parts = in_halves((tokens, spans, mx.arange(30), 30))
+    assert in_halves((tokens, spans), 81) == []  # 80 tokens
+    parts = in_halves((tokens, spans, mx.arange(30), 30), 80)
     assert [[x.shape[0] for x in part[:3]] for part in parts] == [[1, 1, 10], [1, 1, 20]]
     assert mx.concatenate([part[2] for part in parts]).tolist() == list(range(30))
     assert [part[3] for part in parts] == [30, 30]
-    assert in_halves((tokens[:1], spans[:1])) == []
+    assert in_halves((tokens[:1], spans[:1]), 1) == []
 
     nothing = mx.array([[40, 39], [20, 39]])
-    assert in_halves((tokens, nothing)) == []
+    assert in_halves((tokens, nothing), 1) == []
+
+
+def test_fewer_tokens_pay_where_layers_have_more_weights(base, monkeypatch):
+    """By the mean of all layers; the embedding, which is looked up, is none of them."""
+    weights = [sum(value.size for _, value in tree_flatten(layer.parameters())) for layer in base.layers]
+    for large, fewest in ((sum(weights) // len(weights), halves.FEWEST_OF_LARGE), (max(weights) + 1, halves.FEWEST)):
+        monkeypatch.setattr(halves, "LARGE", large)
+        assert halves.fewest_tokens(base) == fewest
 
 
 def test_where_it_is_done(monkeypatch):

@@ -269,7 +269,7 @@ class Engine:
         if not aside and isinstance(self._task, TrainingTask):
             self._task.take_back()
         training = self._task is not None and not aside
-        background = training or self._fused.pending or (self._ahead.pending and not requests)
+        background = training or self._folds or (self._ahead.pending and not requests)
         action = self._planner.next(Load(requests, decoding, background))
         if action is Action.WAIT:
             return False
@@ -280,6 +280,14 @@ class Engine:
         self._act(action, aside)
         self._planner.charge(action, time.perf_counter() - started, self._left_s)
         return True
+
+    @property
+    def _folds(self) -> bool:
+        """Whether to fold now: whoever asks for the stable checkpoint gains by it, and it is soon done.
+
+        While nobody asks, an update goes first, and is live the sooner; and what it is about to replace is not folded.
+        """
+        return self._fused.pending and (self._decoder.load > 0 or (self._task is None and self._trained is None))
 
     def _goes_aside(self, requests: int, decoding: int) -> bool:
         """Whether the lane trains beside this step: not while anybody joins, or uses live weights, which it changes."""
@@ -305,8 +313,7 @@ class Engine:
 
     def _background(self) -> None:
         task, seconds = self._task, self._planner.slice_s
-        # soon done, and who asks for the stable checkpoint gains by it; while nobody asks, an update is live the sooner
-        if self._fused.pending and (task is None or self._decoder.load):
+        if self._folds:
             self._fused.slice(seconds)
             return
         if self._ahead.pending and (task is None or task.needs_base_asked):

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .. import blas
 from .batches import target_positions
@@ -19,6 +21,8 @@ from .batches import target_positions
 MEASURED = 2
 #: tokens of a micro-batch, padding included; of fewer, the second graph takes longer to build than is won
 FEWEST = 256
+#: the same for models whose layers have so many weights: there is more to compute in that time
+FEWEST_OF_LARGE, LARGE = 176, 2_000_000
 
 
 def halves_here() -> bool:
@@ -85,13 +89,19 @@ def _all() -> list[mx.Stream]:
     return [mx.default_stream(mx.default_device()), *(_streams.own or ()), *(_streams.shared or ())]
 
 
-def in_halves(batch: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Both halves of the rows of `batch`; none if that does not pay, or one would be without a target.
+def fewest_tokens(module: nn.Module) -> int:
+    """Of a micro-batch that pays in halves, for this model."""
+    sizes = [sum(value.size for _, value in tree_flatten(layer.parameters())) for layer in module.layers]
+    return FEWEST_OF_LARGE if sum(sizes) >= LARGE * len(sizes) else FEWEST
+
+
+def in_halves(batch: Sequence[Any], fewest: int) -> list[tuple[Any, ...]]:
+    """Both halves of the rows of `batch`; none of fewer tokens than `fewest`, or if one would be without a target.
 
     `batch` is tokens (rows, length + 1), spans (rows, 2), arrays of its targets, row after row, and plain values.
     """
     tokens, spans, *others = batch
-    if tokens.shape[0] * (tokens.shape[1] - 1) < FEWEST:
+    if tokens.shape[0] * (tokens.shape[1] - 1) < fewest:
         return []
     middle = tokens.shape[0] // 2
     parts = [(tokens[:middle], spans[:middle]), (tokens[middle:], spans[middle:])]

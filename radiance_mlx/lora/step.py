@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import default_loss
 
 from .batches import Batch, target_positions
-from .halves import in_halves, streams
+from .halves import fewest_tokens, in_halves, streams
 from .head import TargetRows
 from .head_loss import CROSS_ENTROPY, RowLoss, head_losses
 from .tree import TrainingTree
@@ -140,7 +140,8 @@ class MicroBatch:
     ) -> None:
         self.tree = tree
         self._prefix = tree.prefix if seen_often else None
-        self._loss, self._summed, self._halved = loss, summed, halved
+        self._loss, self._summed = loss, summed
+        self._fewest = fewest_tokens(tree.module) if halved else None
         self._value_and_grad: Callable[..., Any] = nn.value_and_grad(tree.module, self._taped_loss)
 
     def _taped_loss(self, module: nn.Module, *batch: Any) -> tuple[Any, ...]:
@@ -157,7 +158,7 @@ class MicroBatch:
         hidden = [] if known is None else [known]
         if self._prefix is not None:
             yield from self._prefix.pieces(batch, hidden)
-        halves = in_halves(batch) if self._halved else []
+        halves = [] if self._fewest is None else in_halves(batch, self._fewest)
         if halves:
             yield from self._in_halves(halves, key, hidden, result)
         else:
