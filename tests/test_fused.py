@@ -207,6 +207,24 @@ def test_training_goes_before_folding_that_nobody_waits_for(tmp_path):
         service.call(service.service.cancel(job))
 
 
+def test_what_is_about_to_be_replaced_is_not_folded(tmp_path):
+    """From the end of a batch until it is published or given up; whoever asks meanwhile has it folded."""
+    with running(tmp_path, {**QUICK, "serving.fuse": "always"}) as service:
+        first = service.learn(FACTS[0])
+
+        def awaiting(engine):
+            engine.follow(None)
+            engine._trained = ("A_new", 1, lambda: None)
+            engine.follow(first)
+            return engine.step(), engine._fused.pending, engine._fused.nbytes
+
+        assert service.engine(awaiting) == (False, True, 0)
+        until(lambda: service.ask(FACTS[0][0]) and fused(service) == first, "folded for who asks")
+        assert service.engine(awaiting) == (False, True, 0)
+        service.engine(lambda engine: engine.settle())
+        until(lambda: fused(service) == first, "folded")
+
+
 def test_what_is_folded_while_a_batch_trains_leaves_it_its_room(tmp_path):
     """What the batch takes at its highest counts, not what it takes just now; it ends, and there is room again."""
     with running(tmp_path, {**QUICK, "serving.fuse": "always"}) as service:

@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 import tiny
-from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from running import FACTS, QUICK, running
@@ -22,8 +21,8 @@ from radiance_mlx.lora.halves import halves_here, in_halves
 from radiance_mlx.lora.head import install_head
 from radiance_mlx.lora.prefix import install_prefix
 from radiance_mlx.lora.rehearsal import Rehearsal, Source, teacher
-from radiance_mlx.lora.step import Piece
-from radiance_mlx.lora.targets import find_targets
+from radiance_mlx.lora.step import LossFunction, MicroBatch, MicroBatchResult, Piece
+from radiance_mlx.lora.targets import LINEAR, find_targets, input_dims
 from radiance_mlx.lora.trainer import Trainer
 from radiance_mlx.lora.tree import make_tree
 
@@ -182,12 +181,44 @@ def test_what_cannot_be_halved_or_does_not_pay_stays_whole():
     assert in_halves((tokens, nothing), 1) == []
 
 
-def test_fewer_tokens_pay_where_layers_have_more_weights(base, monkeypatch):
-    """By the mean of all layers; the embedding, which is looked up, is none of them."""
-    weights = [sum(value.size for _, value in tree_flatten(layer.parameters())) for layer in base.layers]
-    for large, fewest in ((sum(weights) // len(weights), halves.FEWEST_OF_LARGE), (max(weights) + 1, halves.FEWEST)):
+@pytest.mark.parametrize("bits", [None, 4])
+def test_fewer_tokens_pay_where_layers_have_more_weights(monkeypatch, bits):
+    """Of all linears in the mean, as they are before they are quantised; the embedding and norms do not count."""
+    base = tiny.model(bits=bits)
+    del base.layers[0].mlp["down_proj"]
+    weights = [
+        sum(m.weight.shape[0] * input_dims(m) for m in layer.modules() if isinstance(m, LINEAR))
+        for layer in base.layers
+    ]
+    assert min(weights) < sum(weights) / len(weights) < max(weights)
+    mean = sum(weights) // len(weights)
+    for large, fewest in ((mean, halves.FEWEST_OF_LARGE), (mean + 1, halves.FEWEST)):
         monkeypatch.setattr(halves, "LARGE", large)
         assert halves.fewest_tokens(base) == fewest
+    assert weights[1] == sum(m.weight.shape[0] * m.weight.shape[1] for m in _linears(tiny.model().layers[1]))
+
+
+def _linears(layer):
+    return [m for m in layer.modules() if isinstance(m, LINEAR)]
+
+
+@pytest.mark.parametrize(("large", "parts"), [(1, 2), (10**9, 1)])
+def test_a_micro_batch_goes_by_its_models_layers(monkeypatch, large, parts):
+    """Of 200 tokens: too few for a small model."""
+    monkeypatch.setattr(halves, "LARGE", large)
+    base = tiny.model()
+    tree = make_tree(base, find_targets(base, ["q_proj"]), rank=2, scale=1.0, dropout=0.0, seed=0)
+    rows = [Encoded(tuple(range(3, 54)), 30) for _ in range(4)]
+    seen, loss = [], LossFunction(tree, None)
+
+    def noting(module, tokens, spans):
+        seen.append(tokens.shape[0])
+        return loss(module, tokens, spans)
+
+    micro = MicroBatch(tree, noting, halved=True)
+    for piece in micro.pieces(as_batch(rows), mx.random.key(0), MicroBatchResult()):
+        mx.eval(piece.arrays)
+    assert seen == [4 // parts] * parts
 
 
 def test_where_it_is_done(monkeypatch):

@@ -285,7 +285,8 @@ class Engine:
     def _folds(self) -> bool:
         """Whether to fold now: whoever asks for the stable checkpoint gains by it, and it is soon done.
 
-        While nobody asks, an update goes first, and is live the sooner; and what it is about to replace is not folded.
+        While nobody asks, an update (or what measures) goes first, and is live the sooner; and what is about to be
+        replaced is not folded.
         """
         return self._fused.pending and (self._decoder.load > 0 or (self._task is None and self._trained is None))
 

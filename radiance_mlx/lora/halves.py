@@ -12,16 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from .. import blas
 from .batches import target_positions
+from .targets import LINEAR, input_dims
 
 #: threads of OpenBLAS with which it was measured
 MEASURED = 2
 #: tokens of a micro-batch, padding included; of fewer, the second graph takes longer to build than is won
 FEWEST = 256
-#: the same for models whose layers have so many weights: there is more to compute in that time
+#: the same for models whose layers have so many weights, in the mean: there is more to compute in that time
 FEWEST_OF_LARGE, LARGE = 176, 2_000_000
 
 
@@ -90,9 +90,10 @@ def _all() -> list[mx.Stream]:
 
 
 def fewest_tokens(module: nn.Module) -> int:
-    """Of a micro-batch that pays in halves, for this model."""
-    sizes = [sum(value.size for _, value in tree_flatten(layer.parameters())) for layer in module.layers]
-    return FEWEST_OF_LARGE if sum(sizes) >= LARGE * len(sizes) else FEWEST
+    """Of a micro-batch that pays in halves, for this model: by its linears' weights, in the mean of all layers."""
+    linears = [m for layer in module.layers for m in layer.modules() if isinstance(m, LINEAR)]
+    weights = sum(m.weight.shape[0] * input_dims(m) for m in linears)
+    return FEWEST_OF_LARGE if weights >= LARGE * len(module.layers) else FEWEST
 
 
 def in_halves(batch: Sequence[Any], fewest: int) -> list[tuple[Any, ...]]:
