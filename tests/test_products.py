@@ -245,9 +245,14 @@ def test_a_library_that_cannot_use_fewer_threads_is_not_waited_for(monkeypatch):
     """One with OpenMP's: what computes goes on while the next step is built."""
     monkeypatch.setattr(blas, "can_use_fewer", lambda: False)
     monkeypatch.setattr(blas, "used", lambda: 2)
-    monkeypatch.setattr(products, "wait", lambda: pytest.fail("waited"))
-    monkeypatch.setattr(blas, "use", lambda count=0: pytest.fail("used"))
+    done = []
+    monkeypatch.setattr(products, "wait", lambda: done.append("waited"))
+    monkeypatch.setattr(blas, "use", lambda count=0: done.append("used"))
     products.use_threads(1)
+    assert done == []
+    monkeypatch.setattr(blas, "can_use_fewer", lambda: True)
+    products.use_threads(1)
+    assert done == ["waited", "used"]
 
 
 @pytest.mark.skipif(blas.threads() < 2, reason="OpenBLAS has one thread here, or is not there")
